@@ -1,0 +1,9 @@
+"""The pool core: a pure state machine.
+
+Nothing here reads a clock, touches an event loop, logs, or knows Dask. Time comes in with each
+event, effects go out as instructions, so that every rule of growing, shrinking, queueing and
+deadlines is a plain synchronous test.
+
+Reading order: :mod:`~flame_dask.core.events`, :mod:`~flame_dask.core.instructions`,
+:mod:`~flame_dask.core.transitions`, :mod:`~flame_dask.core.pool`.
+"""

@@ -1,0 +1,114 @@
+"""The calls of a pool: where each is in its life, and until when it may take (E1, E2)."""
+
+from __future__ import annotations
+
+from flame_dask.core import instructions as do
+from flame_dask.core.boots import BootLedger
+from flame_dask.core.events import CallSubmitted
+from flame_dask.core.records import Call, Runner
+from flame_dask.core.transitions import IllegalTransition, Story
+from flame_dask.core.waiting import Alarm, Deadlines, WaitQueue
+
+
+class CallBook:
+    """The calls that wait, run, or end.
+
+    Parameters
+    ----------
+    alarm
+        Is told of each deadline.
+    story
+        Knows which steps are legal, and remembers them.
+    boots
+        Knows how long boots have taken, and why they failed.
+    """
+
+    __slots__ = ("_boots", "_due", "_story", "calls", "queue")
+
+    def __init__(self, alarm: Alarm, story: Story, boots: BootLedger) -> None:
+        self._story = story
+        self._boots = boots
+        self.calls: dict[str, Call] = {}
+        self.queue = WaitQueue()
+        self._due: Deadlines[str] = Deadlines(alarm)
+
+    def add(self, now: float, event: CallSubmitted) -> Call:
+        """Take in a call that nobody knows yet.
+
+        Raises
+        ------
+        IllegalTransition
+            If it is known.
+        """
+        known = self.calls.get(event.call)
+        if known is not None:
+            story = self._story.of(event.call)
+            raise IllegalTransition(event.call, known.state, "submitted", story)
+        boots = self._boots.seconds(now)
+        call = Call(event.call, event.limits, event.priority, now, boots)
+        self.calls[call.id] = call
+        self._story.begin(now, call.id, "submitted", call.state)
+        return call
+
+    def wait(self, call: Call) -> None:
+        """Put a call into the queue, for as long as it may be there."""
+        self.queue.push(call.id, call.priority)
+        limit = call.limits.queue if call.limits.total is None else call.limits.total
+        if limit is not None:
+            self._due.set(call.id, call.submitted + limit)
+
+    def start(self, now: float, call: Call, runner: Runner) -> None:
+        """Note that a call has a slot, and how it came to it."""
+        call.state = self._story.call(now, call.id, call.state, "slot")
+        call.runner = runner
+        call.started = now
+        call.queued = now - call.submitted
+        call.booted = self._boots.seconds(now) - call.booted
+        call.problem = self._boots.problem_since(call.submitted)
+        limits = call.limits
+        if limits.total is not None:
+            self._due.set(call.id, call.submitted + limits.total)
+        elif limits.run is not None:
+            self._due.set(call.id, now + limits.run)
+        else:
+            self._due.discard(call.id)
+
+    def answer(self, now: float, call: Call, event: str) -> None:
+        """Note that a running call's caller has been answered; its work is still there (E3)."""
+        call.state = self._story.call(now, call.id, call.state, event)
+        self._due.discard(call.id)
+
+    def end(self, now: float, call: Call, event: str) -> None:
+        """Note the end of a call, and forget it."""
+        call.state = self._story.call(now, call.id, call.state, event)
+        self._due.discard(call.id)
+        self.queue.discard(call.id)
+        del self.calls[call.id]
+
+    def pop_due(self, now: float) -> Call | None:
+        """Return one call whose time is up; ``None`` if there is no more."""
+        call_id = self._due.pop_due(now)
+        return None if call_id is None else self.calls[call_id]
+
+    def expired(self, now: float, call: Call) -> do.Expired:
+        """Say where the time of a call went whose time is up (E2)."""
+        limits = call.limits
+        if call.state == "running":
+            phase, limit = "running", limits.run
+            waited, boots, running = call.queued, call.booted, now - call.started
+            problem = call.problem
+        else:
+            phase, limit = "booting" if self._boots.busy else "queued", limits.queue
+            waited, boots = now - call.submitted, self._boots.seconds(now) - call.booted
+            running = 0.0
+            problem = self._boots.problem_since(call.submitted)
+        if limits.total is not None:
+            limit = limits.total
+        assert limit is not None, "a call without a limit has no deadline"
+        # Each is a difference of larger times, so it may be off by a rounding error.
+        boots = min(waited, max(0.0, boots))
+        return do.Expired(call.id, phase, waited - boots, boots, running, limit, problem)
+
+    def next(self) -> float:
+        """Return the earliest deadline, ``NEVER`` if there is none."""
+        return self._due.next()

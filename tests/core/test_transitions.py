@@ -1,0 +1,212 @@
+"""The tables of lives: each step can happen, and nothing else can."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from typing import get_args
+
+import pytest
+
+from flame_dask.core import events as ev
+from flame_dask.core.transitions import (
+    CALL,
+    RUNNER,
+    CallState,
+    IllegalTransition,
+    RunnerState,
+    Story,
+)
+from flame_dask.testing import HANGS, Dies, Fails, Script
+
+
+def boots(**options: object) -> Script:
+    pool = Script(max=2, boots=HANGS, stop=None, **options).open()
+    pool.submit()
+    return pool
+
+
+def ready(**options: object) -> Script:
+    pool = Script(max=2, stop=None, **options).open()
+    pool.submit()
+    return pool.run_for(1)
+
+
+def draining() -> Script:
+    return ready(shutdown_timeout=5.0).close()
+
+
+def stopping() -> Script:
+    pool = ready()
+    return pool.lose("pool-1")
+
+
+RUNNER_STORIES = {
+    ("booting", "ready"): ready,
+    ("booting", "failed"): lambda: Script(min=1, max=1, boots=Fails()).open().run_for(0),
+    ("booting", "timed out"): lambda: boots(boot_timeout=1.0).run_for(1),
+    ("booting", "lost"): lambda: Script(min=1, max=1, boots=Dies(), stop=None).open().run_for(0),
+    ("booting", "not needed"): lambda: boots().close(),
+    ("ready", "drain"): draining,
+    ("ready", "lost"): stopping,
+    ("draining", "drained"): lambda: draining().end("call-1"),
+    ("draining", "lost"): lambda: draining().lose("pool-1"),
+    ("draining", "pool closes"): lambda: draining().run_for(5),
+    ("stopping", "stopped"): lambda: (s := stopping(), s.tell(ev.RunnerStopped("pool-1")))[0],
+}
+
+CALL_STORIES = {
+    ("waiting", "slot"): ready,
+    ("waiting", "expired"): lambda: (s := boots(), s.submit(queue=0.0))[0],
+    ("waiting", "released"): lambda: boots().release("call-1"),
+    ("waiting", "pool closes"): lambda: boots().close(),
+    ("running", "done"): lambda: ready().end("call-1"),
+    ("running", "expired"): lambda: (s := ready(max_concurrency=2), s.submit(run=0.0))[0],
+    ("running", "released"): lambda: ready(grace=None).release("call-1"),
+    ("running", "pool closes"): lambda: draining().run_for(5),
+    ("running", "runner lost"): stopping,
+    ("ending", "done"): lambda: ready(grace=None).release("call-1").end("call-1"),
+    ("ending", "runner lost"): lambda: ready(grace=None).release("call-1").lose("pool-1"),
+    ("ending", "pool closes"): lambda: (
+        ready(grace=None, shutdown_timeout=5.0).release("call-1").close().run_for(5)
+    ),
+}
+
+
+def steps(pool: Script, subject: str) -> list[tuple[str, str, str]]:
+    """Return (before, event, after) of a subject's life."""
+    story = [(event, after) for _, event, after in pool.core.story.of(subject)]
+    return [(before, event, after) for (_, before), (event, after) in itertools.pairwise(story)]
+
+
+@pytest.mark.parametrize(("state", "event"), RUNNER)
+def test_each_step_of_a_runner_happens(state, event):
+    pool = RUNNER_STORIES[state, event]()
+    assert (state, event, RUNNER[state, event]) in steps(pool, "pool-1")
+
+
+@pytest.mark.parametrize(("state", "event"), CALL)
+def test_each_step_of_a_call_happens(state, event):
+    pool = CALL_STORIES[state, event]()
+    taken = steps(pool, "call-1") + steps(pool, "call-2")
+    assert (state, event, CALL[state, event]) in taken
+
+
+@pytest.mark.parametrize(
+    ("table", "states", "start", "end"),
+    [
+        (RUNNER, get_args(RunnerState), "booting", "gone"),
+        (CALL, get_args(CallState), "waiting", "ended"),
+    ],
+)
+def test_each_state_is_reached_and_each_but_the_last_is_left(table, states, start, end):
+    reached = {start}
+    for _ in states:
+        reached |= {after for (before, _), after in table.items() if before in reached}
+    assert reached == set(states)
+    assert {before for before, _ in table} == set(states) - {end}
+
+
+@pytest.mark.parametrize(
+    ("table", "step", "states"),
+    [
+        (RUNNER, Story.runner, get_args(RunnerState)),
+        (CALL, Story.call, get_args(CallState)),
+    ],
+)
+def test_what_no_table_has_is_refused(table, step, states):
+    story = Story()
+    story.begin(1.0, "x", "boot", "booting")
+    events = {event for _, event in table} | {"nonsense"}
+    for state, event in itertools.product(states, events):
+        if (state, event) in table:
+            continue
+        with pytest.raises(IllegalTransition) as caught:
+            step(story, 2.0, "x", state, event)
+        assert (caught.value.subject, caught.value.state, caught.value.event) == ("x", state, event)
+        assert caught.value.story == [(1.0, "boot", "booting")]
+    assert len(story.of("x")) == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "event"),
+    [
+        (ready, ev.RunnerReady("pool-1")),
+        (boots, ev.RunnerStopped("pool-1")),
+        (ready, ev.RunnerStopped("pool-1")),
+        (draining, ev.RunnerStopped("pool-1")),
+        (boots, ev.CallEnded("call-1")),
+        (boots, ev.CallSubmitted("call-1")),
+        (ready, ev.CallSubmitted("call-1")),
+    ],
+)
+def test_an_impossible_event_raises_with_the_story_and_changes_nothing(pool, event):
+    core = pool().core
+    subject = event[0]
+    before = pickle.dumps(core)
+    with pytest.raises(IllegalTransition, match=subject) as caught:
+        core.handle(1e6, event)
+    assert pickle.dumps(core) == before
+    assert caught.value.story == core.story.of(subject)
+    assert caught.value.story
+    known = core.runners.get(subject) or core.calls[subject]
+    assert caught.value.state == known.state
+    assert core.handle(2.0, ev.Tick()) == []  # and no clock has jumped
+
+
+def test_the_text_tells_the_story():
+    pool = ready()
+    with pytest.raises(IllegalTransition) as caught:
+        pool.tell(ev.RunnerReady("pool-1"))
+    text = (
+        "pool-1 is ready, 'ready' is impossible. Story: 0.000 boot -> booting; 0.500 ready -> ready"
+    )
+    assert str(caught.value) == text
+
+
+def test_the_story_is_bounded():
+    story = Story(length=10)
+    for number in range(100):
+        story.begin(float(number), "x", "boot", "booting")
+    assert len(story.of("x")) == 10
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ev.RunnerReady("pool-1"),
+        ev.RunnerLost("pool-1", "exited"),
+        ev.RunnerStopped("pool-1"),
+        ev.BootFailed("pool-1", ev.BootProblem("start", "refused")),
+        ev.CallEnded("call-1"),
+        ev.CallReleased("call-1"),
+    ],
+)
+def test_news_of_an_earlier_life_changes_nothing(event):
+    pool = ready()
+    pool.lose("pool-1")
+    pool.tell(ev.RunnerStopped("pool-1"))
+    pool.run()
+    before = pickle.dumps(pool.core)
+    assert pool.tell(event) == []
+    assert pickle.dumps(pool.core) == before
+
+
+@pytest.mark.parametrize("state", [ready, draining])
+def test_a_failed_boot_of_a_runner_that_said_it_is_ready_is_a_loss(state):
+    """The news crossed: the worker's own was quicker than the backend's."""
+    pool = state()
+    pool.tell(ev.BootFailed("pool-1", ev.BootProblem("start", "gone again")))
+    assert pool.core.counters["runners_lost"] == 1
+    assert pool.core.counters["lost"] == 1
+    assert "pool-1" not in pool.alive
+
+
+def test_a_clock_that_goes_back_stands_still():
+    pool = ready(idle_shutdown_after=10.0)
+    pool.end("call-1")
+    pool.run_for(9)
+    assert pool.core.handle(0.0, ev.Tick()) == []
+    assert pool.core.next_deadline() == 11.0
+    pool.run_for(1)
+    assert pool.stopping == ["pool-1"]
