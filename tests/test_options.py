@@ -1,0 +1,717 @@
+"""Rules A1, A2, A3 (B1, E1 for calls): options are checked once, in full, before any start."""
+
+import copy
+import dataclasses
+import doctest
+import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from fractions import Fraction
+
+import dask.config
+import numpy as np
+import pytest
+from dask.utils import parse_bytes, parse_timedelta
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flame_dask import options
+from flame_dask.errors import PoolOptionsError
+from flame_dask.options import CALL_NOT_YET, NOT_YET, RESERVED, CallOptions, PoolOptions
+
+A1 = [
+    *("name", "backend", "min", "max", "max_concurrency", "single_use", "timeout"),
+    *("queue_timeout", "boot_timeout", "shutdown_timeout", "idle_shutdown_after"),
+    *("min_idle_shutdown_after", "on_grow_start", "on_grow_end", "on_shrink", "on_cast_error"),
+    *("track_resources", "code_sync", "isolation", "buffer", "placement", "env", "log"),
+    *("asynchronous", "security", "scheduler", "host", "contact_address"),
+]
+
+A1_DEFAULTS = {
+    "min": 0,
+    "max_concurrency": 100,
+    "single_use": False,
+    "timeout": 30.0,
+    "boot_timeout": 30.0,
+    "shutdown_timeout": 30.0,
+    "idle_shutdown_after": 30.0,
+    "min_idle_shutdown_after": None,
+    "track_resources": False,
+    "isolation": "thread",
+    "buffer": 0,
+    "placement": "spread",
+    "log": False,
+}
+DURATIONS = [
+    "timeout",
+    "queue_timeout",
+    "boot_timeout",
+    "shutdown_timeout",
+    "idle_shutdown_after",
+    "min_idle_shutdown_after",
+]
+BOOLS = ["single_use", "track_resources", "log", "asynchronous"]
+HOOKS = ["on_grow_start", "on_grow_end", "on_shrink", "on_cast_error"]
+
+
+def check(**given):
+    return PoolOptions.check("web", **{"max": 10, **given})
+
+
+def refused(**given):
+    """Check options that must be refused, and give the error."""
+    with pytest.raises(PoolOptionsError) as caught:
+        check(**given)
+    return caught.value
+
+
+@pytest.fixture(autouse=True)
+def _no_configuration_of_this_machine(monkeypatch):
+    monkeypatch.setitem(dask.config.config, "flame", copy.deepcopy(options._SHIPPED["flame"]))
+
+
+@pytest.fixture
+def everything_carried_out(monkeypatch):
+    """As it will be once all of the contract is carried out."""
+    for table in (NOT_YET, CALL_NOT_YET):
+        for name in list(table):
+            monkeypatch.delitem(table, name)
+
+
+# -- A1: the options and their defaults ---------------------------------------------------------
+
+
+def test_a1_options_are_those_of_the_contract():
+    fields = [field.name for field in dataclasses.fields(PoolOptions)]
+    assert fields[: len(A1)] == A1
+    assert fields[len(A1) :] == ["idle_check", "queue_timeout_given", "call_defaults"]
+    assert list(options._CHECKS) == A1
+
+
+def test_a1_defaults():
+    made = check()
+    assert {option: getattr(made, option) for option in A1_DEFAULTS} == A1_DEFAULTS
+    assert made.name == "web"
+    assert made.max == 10
+    rest = set(A1) - A1_DEFAULTS.keys() - {"name", "max", "queue_timeout"}
+    assert {option: getattr(made, option) for option in rest} == {
+        option: {"env": {}, "asynchronous": False}.get(option) for option in rest
+    }
+    assert made.idle_check is None
+
+
+def test_a1_max_has_no_default_even_if_configured():
+    with dask.config.set({"flame.max": 7}), pytest.raises(PoolOptionsError) as caught:
+        PoolOptions.check("web")
+    assert caught.value.option == "max"
+    assert str(caught.value).startswith("max is missing: give the most runners")
+
+
+def test_a1_options_do_not_change():
+    made = check()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.max = 11
+    assert not hasattr(made, "__dict__")
+
+
+def test_options_are_values():
+    assert check(env={"A": "1"}) == check(env={"A": "1"}) != check()
+    assert len({check(backend=(dict, {})), check(backend=(dict, {}))}) == 1
+    assert pickle.loads(pickle.dumps(check())) == check()
+
+
+# -- A2: everything is checked ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [
+        ("max_concurency", "max_concurrency"),
+        ("idle_timeout", "queue_timeout"),
+        ("maximum", "max"),
+        ("Min", "min"),
+        ("on_grow", "on_grow_end"),
+        ("boot-timeout", "boot_timeout"),
+        ("enviro", "env"),
+        ("idle_check", "code_sync"),
+    ],
+)
+def test_a2_an_unknown_option_is_named_with_the_nearest_one(typo, nearest):
+    error = refused(**{typo: 1})
+    assert error.option == typo
+    assert typo in str(error)
+    assert "is not an option of FlamePool: did you mean" in str(error)
+    if typo not in {"idle_timeout", "on_grow", "idle_check"}:  # these have several near ones
+        assert f"did you mean {nearest}?" in str(error)
+
+
+def test_a2_an_option_like_no_other_gets_the_list():
+    text = str(refused(zzz=1))
+    assert all(option in text for option in A1)
+
+
+def test_a2_unknown_options_are_refused_before_values():
+    assert refused(max=-1, zzz=1).option == "zzz"
+
+
+@given(st.text(min_size=1).filter(lambda text: text not in {*A1, "cls"}))
+def test_a2_no_unknown_option_passes(option):
+    assert refused(**{option: 1}).option == option
+
+
+@pytest.mark.parametrize("option", ["min", "max", "max_concurrency", "buffer"])
+@pytest.mark.parametrize(
+    "value", [-1, True, 1.0, 2.5, "3", None, math.nan, math.inf, [1], object()]
+)
+def test_a2_whole_numbers(option, value):
+    error = refused(**{option: value})
+    assert error.option == option
+    assert str(error).startswith(f"{option}=")
+    assert "give a whole number of at least" in str(error)
+
+
+@pytest.mark.parametrize(("option", "least"), [("max", 1), ("max_concurrency", 1), ("min", 0)])
+def test_a2_least_numbers(option, least):
+    assert getattr(check(**{option: least}), option) == least
+    assert f"of at least {least}" in str(refused(**{option: least - 1}))
+
+
+def test_a2_whole_numbers_of_numpy_become_int():
+    made = check(max=np.int64(5), buffer=np.uint8(1))
+    assert (type(made.max), type(made.buffer)) == (int, int)
+
+
+def test_a2_min_above_max():
+    error = refused(min=4, max=3)
+    assert str(error) == "min=4 is not valid: give at most max=3, or a larger max."
+    assert (error.option, error.value) == ("min", 4)
+    assert check(min=3, max=3).min == 3
+
+
+@pytest.mark.parametrize("option", DURATIONS)
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (30, 30.0),
+        (0, 0.0),
+        (0.5, 0.5),
+        (Fraction(1, 2), 0.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(2), 2.0),
+        ("30s", 30.0),
+        ("2 m", 120.0),
+        ("1h", 3600.0),
+        ("500ms", 0.5),
+        ("7", 7.0),
+        (timedelta(minutes=1, milliseconds=5), 60.005),
+        (None, None),
+    ],
+)
+def test_a2_durations_become_seconds(option, value, seconds):
+    made = getattr(check(**{option: value}), option)
+    assert made == seconds
+    assert type(made) is type(seconds)
+
+
+BAD_DURATIONS = [
+    *[-1, -0.001, math.nan, math.inf, -math.inf, True, timedelta(seconds=-1), 10**400],
+    *["soon", "", " ", "-5s", "30 parsecs", "1e999", "nan", "inf", "30s 5"],
+    *[[30], {}, object(), 1j, b"30s", np.array([1.0, 2.0])],
+]
+
+
+@pytest.mark.parametrize("option", DURATIONS)
+@pytest.mark.parametrize("value", BAD_DURATIONS, ids=repr)
+def test_a2_durations_that_cannot_be_read(option, value):
+    error = refused(**{option: value})
+    assert error.option == option
+    assert str(error).startswith(f"{option}=")
+    assert "None for no limit" in str(error)
+
+
+@given(st.floats(min_value=0, allow_infinity=False) | st.integers(0, 10**300))
+def test_a2_any_number_of_seconds(value):
+    assert check(timeout=value).timeout == float(value)
+
+
+@given(st.timedeltas(min_value=timedelta(0)))
+def test_a2_any_timedelta(value):
+    assert check(timeout=value).timeout == value.total_seconds()
+
+
+@given(
+    st.text()
+    | st.from_regex(r"[-+0-9.e ]{0,6}(s|m|h|ms|us|days?|x|)", fullmatch=True)
+    | st.floats()
+    | st.integers()
+)
+def test_a2_a_duration_is_read_as_dask_does_or_refused(value):
+    try:
+        made = check(timeout=value).timeout
+    except PoolOptionsError:
+        return
+    assert made == float(parse_timedelta(value))
+    assert 0 <= made < math.inf
+
+
+@pytest.mark.parametrize("option", BOOLS)
+@pytest.mark.parametrize("value", [0, 1, None, "true", []])
+def test_a2_bools(option, value):
+    assert "give True or False" in str(refused(**{option: value}))
+
+
+@pytest.mark.parametrize("option", HOOKS)
+def test_a2_hooks(option):
+    assert getattr(check(**{option: print}), option) is print
+    assert getattr(check(**{option: None}), option) is None
+    assert "give a function, or None" in str(refused(**{option: "print"}))
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("placement", ["spread", "pack"], ["SPREAD", "", None, 1, [], np.array(["pack", "pack"])]),
+        ("isolation", ["thread", "process"], ["proc", None, True]),
+        ("scheduler", ["parent", "remote", None], ["tcp://host:8786", 1]),
+        ("host", ["10.0.0.1", None], ["", 5]),
+        ("contact_address", ["tls://host:8786", None], ["  ", 5]),
+        ("code_sync", [{"copy_apps": True}, None], [True, ["src"]]),
+        ("security", [object(), None], []),
+    ],
+)
+@pytest.mark.usefixtures("everything_carried_out")
+def test_a2_choices(option, good, bad):
+    for value in good:
+        assert getattr(check(**{option: value}), option) == value
+    for value in bad:
+        assert refused(**{option: value}).option == option
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, 5, b"web", ["web"]])
+def test_a2_names(name):
+    with pytest.raises(PoolOptionsError) as caught:
+        PoolOptions.check(name, max=1)
+    assert caught.value.option == "name"
+
+
+def test_a2_env_is_copied():
+    env = {"A": "1", "B": ""}
+    made = check(env=env)
+    env["A"] = "2"
+    assert made.env == {"A": "1", "B": ""}
+    assert check(env=None).env == {}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"A": 1}, {1: "A"}, {"": "A"}, {"A=B": "C"}, {"A": "\0"}, {"A\0": "B"}, [("A", "1")], "A"],
+)
+def test_a2_env(env):
+    assert "give " in str(refused(env=env))
+
+
+def test_a2_a_refusal_is_a_value_error_that_says_all():
+    error = refused(timeout="soon")
+    assert isinstance(error, ValueError)
+    assert (error.option, error.value, error.source) == ("timeout", "soon", None)
+    assert str(error) == (
+        "timeout='soon' is not valid: "
+        'give seconds, a timedelta, a text such as "30s", or None for no limit.'
+    )
+
+
+# -- D2, A2: the idle check ---------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("everything_carried_out")
+def test_d2_idle_check():
+    made = check(idle_shutdown_after=("1m", is_idle))
+    assert made.idle_shutdown_after == 60.0
+    assert made.idle_check is is_idle
+    assert check(idle_shutdown_after=(5, lambda: True)).idle_check() is True
+
+
+def is_idle():
+    return True
+
+
+@pytest.mark.parametrize(
+    "value", [(), (30,), (30, 5), (30, is_idle, 1), (is_idle, 30), [30, is_idle]]
+)
+def test_a2_idle_checks_of_the_wrong_form(value):
+    error = refused(idle_shutdown_after=value)
+    assert error.option == "idle_shutdown_after"
+    assert "is not valid: give " in str(error)
+
+
+def test_a2_an_idle_check_with_an_unreadable_duration():
+    assert "give a duration of zero or more" in str(refused(idle_shutdown_after=(-1, is_idle)))
+
+
+def test_a2_an_unpicklable_idle_check():
+    lock = threading.Lock()
+    error = refused(idle_shutdown_after=(30, lambda: not lock.locked()))
+    assert "give a check that can be pickled" in str(error)
+    assert "TypeError" in str(error)
+    assert isinstance(error.__cause__, TypeError)
+
+
+# -- A3: defaults in Dask's configuration -------------------------------------------------------
+
+
+def test_a3_every_default_of_the_contract_is_in_the_configuration():
+    keys = options._SHIPPED["flame"]
+    assert {option.replace("_", "-") for option in A1_DEFAULTS} | {"backend"} | {
+        "inline-limit",
+        "boot-retries",
+        "boot-backoff",
+    } == set(keys)
+
+
+def test_a3_the_internal_defaults_can_be_read():
+    assert parse_bytes(dask.config.get("flame.inline-limit")) == 65536
+    assert dask.config.get("flame.boot-retries") == 2
+    backoff = dask.config.get("flame.boot-backoff")
+    assert parse_timedelta(backoff["base"]) == 0.2
+    assert parse_timedelta(backoff["cap"]) == 30
+    assert backoff["factor"] == 2
+
+
+@pytest.mark.parametrize("spelling", ["flame.idle-shutdown-after", "flame.idle_shutdown_after"])
+def test_a3_config_set(spelling):
+    with dask.config.set({spelling: "5m"}):
+        assert check().idle_shutdown_after == 300.0
+        assert check(idle_shutdown_after=7).idle_shutdown_after == 7.0
+    assert check().idle_shutdown_after == 30.0
+
+
+@pytest.mark.parametrize("option", sorted(options._KEYS))
+@pytest.mark.usefixtures("everything_carried_out")
+def test_a3_each_option_has_its_key(option):
+    key = f"flame.{option.replace('_', '-')}"
+    value = {
+        **dict.fromkeys(DURATIONS, 77),
+        **dict.fromkeys(BOOLS, True),
+        "placement": "pack",
+        "isolation": "process",
+        "scheduler": "parent",
+        "env": {"A": "1"},
+        "code_sync": {"copy_apps": True},
+        "backend": "some.Cluster",
+        "host": "some.host",
+        "contact_address": "some.host",
+    }.get(option, 7)
+    with dask.config.set({key: value}):
+        assert getattr(check(), option) == value
+    if option != "backend":  # it is resolved elsewhere
+        with dask.config.set({key: object()}):
+            error = refused()
+        assert error.option == option
+        assert error.source == f"Dask config key {key}"
+        assert f"(from the Dask config key {key})" in str(error)
+
+
+def test_a3_what_is_given_comes_before_a_bad_configuration():
+    with dask.config.set({"flame.timeout": "soon"}):
+        assert check(timeout=5).timeout == 5.0
+
+
+def test_a3_min_of_the_configuration_above_max():
+    with dask.config.set({"flame.min": 5}):
+        assert "from the Dask config key flame.min" in str(refused(max=3))
+
+
+def test_a3_backend_of_none_is_the_configured_one():
+    with dask.config.set({"flame.backend": "some.Cluster"}):
+        assert check().backend == "some.Cluster"
+        assert check(backend=None).backend == "some.Cluster"
+        assert check(backend=dict).backend is dict
+    assert check().backend is None
+
+
+def test_a3_a_cleared_configuration_leaves_the_shipped_defaults(monkeypatch):
+    expected = check()
+    monkeypatch.setitem(dask.config.config, "flame", None)
+    assert check() == expected
+    monkeypatch.delitem(dask.config.config, "flame")
+    assert check() == expected
+
+
+def test_a3_file_and_variables(tmp_path):
+    """Dask reads them when it is imported, so this takes a new process."""
+    (tmp_path / "flame.yaml").write_text("flame:\n  boot-timeout: 2m\n  timeout: 1m\n  min: 1\n")
+    env = {
+        **os.environ,
+        "DASK_CONFIG": str(tmp_path),
+        "DASK_FLAME__TIMEOUT": "5s",
+        "DASK_FLAME__MAX_CONCURRENCY": "3",
+        "DASK_FLAME__QUEUE_TIMEOUT": "None",
+        "DASK_FLAME__PLACEMENT": "pack",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    script = (
+        "from flame_dask.options import PoolOptions; o = PoolOptions.check('web', max=2);"
+        "import dask.config; print(dask.config.get('flame.boot-retries'));"
+        "print(o.min, o.boot_timeout, o.timeout, o.max_concurrency, o.queue_timeout, o.placement)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["2", "1", "120.0", "5.0", "3", "None", "pack"]
+
+
+# -- E1: queue_timeout --------------------------------------------------------------------------
+
+
+def test_e1_queue_timeout_is_boot_timeout_unless_given():
+    made = check(boot_timeout=7)
+    assert made.queue_timeout == 7.0
+    assert not made.queue_timeout_given
+    made = check(boot_timeout=7, queue_timeout=None)
+    assert made.queue_timeout is None
+    assert made.queue_timeout_given
+    assert check(boot_timeout=None).queue_timeout is None
+    with dask.config.set({"flame.queue-timeout": None}):
+        assert check().queue_timeout is None
+
+
+# -- Not in this version ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("single_use", True),
+        ("track_resources", True),
+        ("log", True),
+        ("isolation", "process"),
+        ("idle_shutdown_after", (30, is_idle)),
+        ("code_sync", {}),
+        ("security", object()),
+        ("scheduler", "parent"),
+        ("scheduler", "remote"),
+        ("host", "10.0.0.1"),
+        ("contact_address", "tcp://10.0.0.1:8786"),
+    ],
+)
+def test_a2_what_is_not_carried_out_is_refused(option, value):
+    error = refused(**{option: value})
+    assert error.option == option
+    assert "is not supported by this version of flame_dask: " in str(error)
+    if option != "security":
+        assert error.value == value
+        with dask.config.set({f"flame.{option.replace('_', '-')}": value}):
+            assert "from the Dask config key" in str(refused())
+    with pytest.raises(PoolOptionsError):
+        check().replace(**{option: value})
+
+
+def test_not_yet_names_options():
+    assert set(NOT_YET) <= {*A1, "idle_check"}
+    assert set(CALL_NOT_YET) <= RESERVED
+
+
+def test_a2_a_bad_value_is_refused_as_such_first():
+    assert "is not valid" in str(refused(isolation="proc", single_use=True))
+
+
+# -- F4: no secrets -----------------------------------------------------------------------------
+
+SECRET = "hunter2-s3cr3t"
+
+
+@pytest.mark.usefixtures("everything_carried_out")
+def test_f4_repr_shows_no_secret():
+    class Security:
+        def __repr__(self):
+            return SECRET
+
+    made = check(
+        env={"TOKEN": SECRET}, security=Security(), backend=(dict, {"key": SECRET}), buffer=2
+    )
+    assert SECRET not in repr(made)
+    assert "env={'TOKEN': <hidden>}" in repr(made)
+    assert "security=<hidden>" in repr(made)
+    assert "dict" in repr(made)
+    assert "name='web'" in repr(made)
+    assert "buffer=2" in repr(made)
+    assert "host" not in repr(made)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"env": SECRET},
+        {"env": [SECRET]},
+        {"env": {"A": SECRET.encode()}},
+        {"env": {"A": SECRET, "B": 5}},
+        {"env": {5: SECRET}},
+        {"environment": {"A": SECRET}},
+        {"envs": SECRET},
+        {"securty": SECRET},
+        {"security": SECRET},
+        {"api_token": SECRET},
+        {"zzz": {"A": SECRET}},
+    ],
+)
+def test_f4_refusals_show_no_secret(given):
+    error = refused(**given)
+    assert SECRET not in f"{error} {error!r} {error.value!r}"
+    assert error.option in given
+
+
+def test_f4_an_env_variable_is_named():
+    assert "give 'PORT' a text as its value, not int" in str(refused(env={"PORT": 8080}))
+
+
+# -- C8: replace --------------------------------------------------------------------------------
+
+
+def test_c8_replace_checks_again():
+    made = check(min=2, timeout="1m")
+    changed = made.replace(max=20, idle_shutdown_after="5m")
+    assert (changed.min, changed.max, changed.timeout) == (2, 20, 60.0)
+    assert changed.idle_shutdown_after == 300.0
+    assert made.max == 10
+    for changes in ({"max": 1}, {"max": None}, {"mx": 3}, {"timeout": -1}):
+        with pytest.raises(PoolOptionsError):
+            made.replace(**changes)
+    assert made.replace() == made
+    assert made.replace(name="gpu").name == "gpu"
+
+
+def test_c8_replace_does_not_read_the_configuration_again():
+    made = check()
+    with dask.config.set({"flame.timeout": 1, "flame.queue-timeout": 1, "flame.backend": "x"}):
+        assert made.replace(max=10) == made
+
+
+def test_c8_e1_queue_timeout_follows_boot_timeout_unless_given():
+    assert check().replace(boot_timeout=7).queue_timeout == 7.0
+    assert check(queue_timeout=9).replace(boot_timeout=7).queue_timeout == 9.0
+    assert check(queue_timeout=None).replace(boot_timeout=7).queue_timeout is None
+    assert check().replace(timeout=7).call_defaults.timeout == 7.0
+
+
+@pytest.mark.usefixtures("everything_carried_out")
+def test_c8_d2_replace_keeps_the_idle_check_until_there_is_a_new_one():
+    made = check(idle_shutdown_after=(5, is_idle))
+    assert made.replace(max=3).idle_check is is_idle
+    assert made.replace(idle_shutdown_after=6).idle_check is None
+
+
+# -- B1, E1: the options of a call --------------------------------------------------------------
+
+
+def test_b1_reserved_keywords_are_those_of_the_contract():
+    expected = ["timeout", "queue_timeout", "link", "track_resources", "retries", "priority"]
+    assert {*expected, "affinity"} == RESERVED
+
+
+def test_b1_a_call_without_keywords_costs_nothing():
+    pool = check(timeout=5)
+    made = CallOptions.check(pool)
+    assert made is CallOptions.check(pool)
+    assert made == CallOptions(
+        timeout=5.0,
+        queue_timeout=30.0,
+        timeout_is_total=False,
+        link=True,
+        track_resources=False,
+        retries=0,
+        priority=0,
+        affinity=None,
+    )
+
+
+def test_b1_checking_a_call_is_fast():
+    pool = check()
+
+    def best(n, **given):
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            for _ in range(n):
+                CallOptions.check(pool, **given)
+            times.append((time.perf_counter() - started) / n)
+        return min(times)
+
+    # Far above what it takes (0.1 and 3 microseconds), far below the 500 of a call.
+    assert best(1000) < 5e-6
+    assert best(1000, timeout=5) < 100e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "timeout", "queue_timeout", "total"),
+    [
+        ({}, 30.0, 20.0, False),
+        ({"timeout": "2m"}, 120.0, None, True),
+        ({"timeout": None}, None, None, True),
+        ({"timeout": 0}, 0.0, None, True),
+        ({"queue_timeout": 1}, 30.0, 1.0, False),
+        ({"queue_timeout": None}, 30.0, None, False),
+        ({"timeout": 9, "queue_timeout": timedelta(seconds=1)}, 9.0, 1.0, True),
+    ],
+)
+def test_e1_limits_of_a_call(given, timeout, queue_timeout, total):
+    made = CallOptions.check(check(queue_timeout=20), **given)
+    assert (made.timeout, made.queue_timeout) == (timeout, queue_timeout)
+    assert made.timeout_is_total is total
+
+
+def test_b1_priority_and_what_is_as_the_default():
+    pool = check()
+    assert CallOptions.check(pool, priority=-3).priority == -3
+    assert CallOptions.check(pool, priority=np.int64(3)).priority == 3
+    same = {"link": True, "track_resources": False, "retries": 0, "affinity": None}
+    assert CallOptions.check(pool, **same) == CallOptions.check(pool)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("timeout", value) for value in (-1, "soon", True, math.nan)],
+        *[("queue_timeout", value) for value in (-1, "soon", True, math.nan)],
+        *[("priority", value) for value in (1.5, "1", True, None, math.inf)],
+        *[("retries", value) for value in (-1, 1.5, True, None)],
+        *[("link", value) for value in (1, None)],
+        *[("track_resources", value) for value in (1, None)],
+    ],
+)
+def test_a2_bad_keywords_of_a_call(option, value):
+    with pytest.raises(PoolOptionsError) as caught:
+        CallOptions.check(check(), **{option: value})
+    assert caught.value.option == option
+    assert "is not valid" in str(caught.value)
+
+
+def test_a2_an_unknown_keyword_of_a_call():
+    with pytest.raises(PoolOptionsError, match=r"of a call: did you mean priority\?"):
+        CallOptions.check(check(), prioritty=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("link", False), ("track_resources", True), ("retries", 1), ("affinity", "key")],
+)
+def test_a2_keywords_of_a_call_that_are_not_carried_out(option, value):
+    with pytest.raises(PoolOptionsError, match="not supported by this version") as caught:
+        CallOptions.check(check(), **{option: value})
+    assert (caught.value.option, caught.value.value) == (option, value)
+
+
+@pytest.mark.usefixtures("everything_carried_out")
+def test_b1_keywords_once_they_are_carried_out():
+    given = {"link": False, "track_resources": True, "retries": 2, "affinity": ("user", 5)}
+    made = CallOptions.check(check(), **given)
+    assert {option: getattr(made, option) for option in given} == given
+    assert CallOptions.check(check(track_resources=True)).track_resources
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(options).failed == 0
