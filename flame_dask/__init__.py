@@ -1,0 +1,47 @@
+"""Elixir's FLAME idea on Dask: run any function on a short-lived machine.
+
+>>> from flame_dask import FlamePool
+>>> with FlamePool("crunch", max=4) as pool:  # doctest: +SKIP
+...     pool.call(pow, 2, 10)
+1024
+"""
+
+from flame_dask.errors import (
+    BootError,
+    CallCancelled,
+    CallTimeout,
+    FlameError,
+    PoolClosed,
+    PoolNotFound,
+    PoolOptionsError,
+    RunnerLost,
+    SerializationError,
+)
+from flame_dask.parent.futures import PoolFuture
+from flame_dask.parent.hooks import ScaleEvent
+from flame_dask.parent.pool import FlamePool
+from flame_dask.parent.registry import call, cast, get_pool
+from flame_dask.parent.status import PoolEvent, PoolStatus, RunnerStatus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BootError",
+    "CallCancelled",
+    "CallTimeout",
+    "FlameError",
+    "FlamePool",
+    "PoolClosed",
+    "PoolEvent",
+    "PoolFuture",
+    "PoolNotFound",
+    "PoolOptionsError",
+    "PoolStatus",
+    "RunnerLost",
+    "RunnerStatus",
+    "ScaleEvent",
+    "SerializationError",
+    "call",
+    "cast",
+    "get_pool",
+]

@@ -1,0 +1,1 @@
+"""Where runners live: one small adapter a family of Dask clusters."""

@@ -1,0 +1,45 @@
+"""What a pool needs of a place where runners live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+
+class Ending(NamedTuple):
+    """How a runner ended by itself, or why it could not be started."""
+
+    phase: str = "setup"
+    """``start`` if the backend refused it, ``setup`` if its process ended."""
+    cause: object = "its process ended"
+    exit_code: int | None = None
+    """Negative for a signal, ``None`` if it isn't known."""
+    log_tail: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Starts and stops the runners of one pool on a Dask cluster.
+
+    ``open`` and ``close`` run where the pool is opened and closed, the others on the cluster's
+    event loop.
+    """
+
+    def open(self, *, asynchronous: bool) -> Any:
+        """Return a Dask cluster without workers; it is started if it is not asynchronous."""
+
+    async def boot(self, runner: str) -> None:
+        """Start one Dask worker whose name is ``runner``. Returns when it is on its way."""
+
+    async def watch(self, runner: str) -> Ending:
+        """Wait until the worker ends by itself."""
+
+    async def stop(self, runner: str) -> Sequence[str]:
+        """Take the worker down, whatever it is doing; return its last log lines.
+
+        Returns when nothing of it is left that could cost money. It can be called again, and for
+        a runner that is gone.
+        """
+
+    def close(self, cluster: Any) -> Any:
+        """Close the cluster, unless it was there before the pool; awaitable if it is."""

@@ -1,0 +1,78 @@
+"""Clusters whose workers are objects in the parent: distributed's ``SpecCluster`` family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distributed import SpecCluster
+
+from flame_dask import dask_internals as internals
+from flame_dask.backends.base import Ending
+
+
+class SpecBackend:
+    """Starts and stops single workers of a running ``SpecCluster``.
+
+    Parameters
+    ----------
+    cluster
+        The cluster, if it is there already; it is left open then.
+    changes
+        Options of a worker that are set for each runner.
+    """
+
+    def __init__(
+        self, cluster: SpecCluster | None = None, changes: dict[str, Any] | None = None
+    ) -> None:
+        self.cluster = cluster
+        self.changes = changes or {}
+        self._given = cluster is not None
+
+    def open(self, *, asynchronous: bool) -> Any:
+        """Return the cluster."""
+        assert self.cluster is not None
+        return self.cluster
+
+    def worker(self) -> tuple[type, dict[str, Any]]:
+        """Return the class of a worker and its options."""
+        assert self.cluster is not None
+        spec = self.cluster.new_spec
+        return spec["cls"], {**spec.get("options", {}), **self.changes}
+
+    async def boot(self, runner: str) -> None:
+        """Start one worker."""
+        assert self.cluster is not None
+        cls, options = self.worker()
+        await internals.start_member(self.cluster, runner, cls, options)
+
+    async def watch(self, runner: str) -> Ending:
+        """Wait until the worker ends by itself."""
+        assert self.cluster is not None
+        member = self.cluster.workers[runner]
+        await member.finished()
+        return self.ending(member)
+
+    def ending(self, member: Any) -> Ending:
+        """Say how a worker ended."""
+        code = getattr(member, "exit_code", None)
+        return Ending(cause=describe_exit(code), exit_code=code)
+
+    async def stop(self, runner: str) -> Sequence[str]:
+        """Take a worker down."""
+        assert self.cluster is not None
+        await internals.stop_member(self.cluster, runner)
+        return ()
+
+    def close(self, cluster: Any) -> Any:
+        """Close the cluster, unless it was there before the pool."""
+        return None if self._given else cluster.close()
+
+
+def describe_exit(code: int | None) -> str:
+    """Say in words how a process ended."""
+    if code is None:
+        return "its process ended"
+    if code < 0:
+        return f"its process was ended by signal {-code}"
+    return f"its process ended with exit code {code}"

@@ -1,0 +1,276 @@
+"""The desk where calls go out and their answers come in."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from dask.utils import funcname
+
+from flame_dask.dask_internals import PoolClient, open_error
+from flame_dask.errors import CallTimeout, FlameError, PoolClosed, RunnerLost
+from flame_dask.options import CallOptions
+from flame_dask.parent.function import PoolFunction
+from flame_dask.parent.futures import CallState, PoolFuture, collecting
+from flame_dask.parent.port import Message, Port
+from flame_dask.payload import Payload, pack_call, pack_value
+from flame_dask.runner.execution import CallRaised
+
+logger = logging.getLogger("flame_dask")
+
+Kwargs = dict[str, Any]
+
+
+class CallDesk:
+    """Sends the calls of one parent to its pool, and settles them when answers come.
+
+    Parameters
+    ----------
+    pool
+        The pool's name.
+    client
+        The pool's Dask client.
+    port
+        The way to the pool's host.
+    """
+
+    def __init__(self, pool: str, client: PoolClient, port: Port) -> None:
+        self.pool = pool
+        self.client = client
+        self.port = port
+        self.closed: FlameError | None = None
+        self._open: dict[str, CallState] = {}
+        self._base = uuid.uuid4().hex[:12]
+        self._count = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        client.flame_release = self._released
+
+    # -- going out: any thread -----------------------------------------------------------------
+
+    def send(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Kwargs,
+        options: CallOptions,
+        *,
+        keep: bool = True,
+        waits: bool = False,
+    ) -> CallState:
+        """Send a call.
+
+        Parameters
+        ----------
+        fn, args, kwargs
+            The call.
+        options
+            Its reserved keywords, checked.
+        keep
+            Whether the result is wanted.
+        waits
+            Whether the caller waits for the end of the call, so that the arguments can't change
+            meanwhile.
+
+        Raises
+        ------
+        SerializationError
+            If the function or an argument can't be pickled.
+        PoolClosed
+            If the pool is closed.
+        """
+        if self.closed is not None:
+            raise self.closed
+        with collecting() as found:
+            payload = pack_call(fn, args, kwargs)
+        if not waits:
+            payload = payload.snapshot()
+        key = f"{funcname(fn)}-{self._base}{next(self._count):06x}"
+        state = CallState(key)
+        self._open[key] = state
+        message: Message = {
+            "what": "call",
+            "key": key,
+            "payload": payload,
+            "limits": limits_of(options),
+            "priority": options.priority,
+            "keep": keep,
+            "asynchronous": is_async(fn),
+        }
+        if found:
+            self.port.post(partial(self._await_inputs, message, state, list(found.values())))
+        else:
+            state.sent = time.monotonic()
+            self.port.post(message)
+        return state
+
+    def future(self, state: CallState) -> PoolFuture[Any]:
+        """Return a future of a call."""
+        return PoolFuture(str(state.key), self.client, state, self.post)
+
+    def cancel(self, state: CallState) -> None:
+        """End a call, from any thread, without waiting."""
+        self.port.post(partial(self._cancel, state))
+
+    def give_up(self, state: CallState) -> None:
+        """End a call whose answer is overdue, from any thread, without waiting (F3)."""
+        self.port.post(partial(self._give_up, state))
+
+    def post(self, message: Message) -> None:
+        """Take a message of a future: for the pool's host, or that the future has gone."""
+        if message["what"] == "let-go":
+            self.port.post(partial(self.client.let_go, message["key"]))
+        else:
+            self.port.post(message)
+
+    def _await_inputs(
+        self, message: Message, state: CallState, futures: list[PoolFuture[Any]]
+    ) -> None:
+        self._background(self._send_after(message, state, futures))
+
+    def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _send_after(
+        self, message: Message, state: CallState, futures: list[PoolFuture[Any]]
+    ) -> None:
+        """Send a call when the futures among its arguments are done."""
+        inputs: dict[str, Payload] = {}
+        queue, run, total = message["limits"]
+        since = time.monotonic()
+        for future in futures:
+            dependency = future.call
+            try:
+                await dependency.wait(left(total, since))
+            except TimeoutError:
+                waited = time.monotonic() - since
+                key = str(state.key)
+                self.error(key, CallTimeout("queued", queued=waited, limit=total, call=key))
+                return
+            if dependency.payload is None:
+                # As in Dask: a call that depends on a failed one fails with its error.
+                self._settle(str(state.key))
+                state.inherit(dependency)
+                return
+            inputs[str(future.key)] = dependency.payload
+        if str(state.key) in self._open:
+            message["inputs"] = inputs
+            message["limits"] = queue, run, left(total, since)
+            state.sent = time.monotonic()
+            self.port.post(message)
+
+    # -- coming in: on the event loop ----------------------------------------------------------
+
+    def result(self, key: str, result: tuple[Any, ...] | None) -> None:
+        """Take a result that came along with its completion."""
+        state = self._settle(key)
+        if state is not None:
+            state.deliver(NOTHING if result is None else Payload.from_parts(result))
+
+    def fetch(self, key: str, address: str) -> None:
+        """Fetch a large result from its runner."""
+        self._background(self._fetch(key, address))
+
+    async def _fetch(self, key: str, address: str) -> None:
+        try:
+            payload = await self.client.fetch(key, address)
+        except Exception as error:
+            logger.info("pool %s: the result of %s is lost: %s", self.pool, key, error)
+            state = self._settle(key)
+            if state is not None:
+                state.fail(RunnerLost("unreachable", call=key))
+        else:
+            state = self._settle(key)
+            if state is not None:
+                state.deliver(payload)
+        self.port.post({"what": "delivered", "key": key})
+
+    def failed(self, key: str, exception: object, traceback: object) -> None:
+        """Take what the function raised."""
+        state = self._settle(key)
+        if state is None:
+            return
+        raised = None
+        try:
+            error, trace = open_error(exception, traceback)
+            if isinstance(error, CallRaised):
+                raised = error.payload
+                error = raised.load()
+                trace = error.__traceback__
+        except Exception as cause:  # whatever can't be opened here, its caller must hear (F3)
+            error, trace, raised = cause, cause.__traceback__, None
+        state.fail(error, trace, raised)
+
+    def error(self, key: str, error: FlameError) -> None:
+        """Take an error of the pool's own."""
+        state = self._settle(key)
+        if state is not None:
+            state.fail(error)
+
+    def close(self) -> None:
+        """Take no more calls, and fail those that are still open."""
+        self.closed = PoolClosed(self.pool)
+        for key in list(self._open):
+            self.error(key, PoolClosed(self.pool))
+        for task in self._tasks:
+            task.cancel()
+
+    def lose(self) -> None:
+        """Do the same because the way to the pool's host is cut (F3)."""
+        for key in list(self._open):
+            self.error(key, RunnerLost("unreachable", call=key))
+        self.close()
+
+    def _settle(self, key: str) -> CallState | None:
+        return self._open.pop(key, None)
+
+    def _cancel(self, state: CallState) -> None:
+        if self._settle(str(state.key)) is not None:
+            self.port.post({"what": "release", "keys": [state.key]})
+            state.cancel("its caller")
+
+    def _give_up(self, state: CallState) -> None:
+        if self._settle(str(state.key)) is not None:
+            self.port.post({"what": "release", "keys": [state.key]})
+            state.fail(RunnerLost("unreachable", call=str(state.key)))
+
+    def _released(self, key: str, done: bool) -> None:
+        """End a call whose last future has gone."""
+        state = self._settle(key)
+        if state is not None and not done:
+            self.port.post({"what": "release", "keys": [key]})
+            state.cancel("the end of its last future")
+
+
+NOTHING = pack_value(None)
+
+
+def limits_of(options: CallOptions) -> tuple[float | None, ...]:
+    """Return how long a call may queue, run, and take in all (E1)."""
+    if options.timeout_is_total:
+        return options.queue_timeout, None, options.timeout
+    return options.queue_timeout, options.timeout, None
+
+
+def left(total: float | None, since: float) -> float | None:
+    """Return what is left of a limit that has run since then."""
+    return None if total is None else max(0.0, total - (time.monotonic() - since))
+
+
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Say whether a call of ``fn`` is to be awaited."""
+    while isinstance(fn, partial | PoolFunction):
+        fn = fn.func if isinstance(fn, partial) else fn.local
+    return inspect.iscoroutinefunction(fn) or (
+        not inspect.isroutine(fn)
+        and not inspect.isclass(fn)
+        and inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+    )

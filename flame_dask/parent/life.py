@@ -1,0 +1,333 @@
+"""The life of a pool: how its parts are put together, and taken down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, Self
+
+import dask.config
+from dask.utils import parse_bytes, parse_timedelta
+from distributed import Scheduler
+from distributed.utils import SyncMethodMixin
+
+from flame_dask import dask_internals as internals
+from flame_dask.backends.resolve import resolve
+from flame_dask.core.backoff import Backoff
+from flame_dask.core.events import PoolOptionsView
+from flame_dask.dask_internals import PoolClient
+from flame_dask.errors import BootError, FlameError, PoolClosed
+from flame_dask.options import PoolOptions
+from flame_dask.parent import registry
+from flame_dask.parent.adaptive import PoolAdaptive, log_tail
+from flame_dask.parent.desk import CallDesk
+from flame_dask.parent.hooks import HookThread, ScaleEvent
+from flame_dask.parent.port import CommPort, LocalPort, Port
+from flame_dask.runner.plugin import FlameRunner
+from flame_dask.scheduler.plugin import FlameScheduler
+
+logger = logging.getLogger("flame_dask")
+
+#: Seconds that the parent grants the host beyond a deadline before it looks after itself (F3).
+GRACE = 5.0
+
+
+class PoolLife(SyncMethodMixin):
+    """The parts of a pool, and how it opens and closes. :class:`FlamePool` adds what it is for.
+
+    Parameters
+    ----------
+    name, options
+        As for :class:`FlamePool`.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.options = PoolOptions.check(name, **options)
+        self.name = name
+        self.cluster: Any = None
+        self.client: Any = None
+        self._backend = resolve(self.options)
+        self._settings = _Settings.read()
+        self._asynchronous = self.options.asynchronous
+        self._loop: Any = None
+        self._state = "new"
+        self._started = False
+        self._closing = threading.Lock()
+        self._closer: asyncio.Future[None] | None = None
+        self._hooks = HookThread(name)
+        self._settlers = HookThread(f"{name}-executors")
+        self._cast_errors = 0
+        registry.register(self)
+        if not self._asynchronous:
+            self._open_sync()
+
+    @property
+    def loop(self) -> Any:
+        """The event loop that the pool's cluster and client run on."""
+        return self._loop
+
+    @property
+    def dashboard_link(self) -> str | None:
+        """The address of the Dask dashboard."""
+        link: str | None = getattr(self.cluster, "dashboard_link", None)
+        return link or None
+
+    def _require_open(self) -> None:
+        if self._state not in ("open", "closing") or self._closed.is_set():
+            raise PoolClosed(self.name)
+
+    def __repr__(self) -> str:
+        o = self.options
+        return f"<FlamePool {self.name!r}: {self._state}, {o.min}..{o.max} runners>"
+
+    # -- opening -------------------------------------------------------------------------------
+
+    def _open_sync(self) -> None:
+        try:
+            try:
+                self.cluster = self._backend.open(asynchronous=False)
+                self.client = PoolClient(self.cluster)
+            except Exception as error:
+                raise BootError("cluster", error, log_tail=log_tail(error)) from error
+            self._loop = self.client.loop
+            self.sync(self._start)
+        except BaseException:
+            self._wind_up_sync()
+            raise
+
+    async def _open_async(self) -> Self:
+        if self._state != "new":
+            return self
+        self._state = "opening"
+        try:
+            try:
+                self.cluster = await self._backend.open(asynchronous=True)
+                self.client = await PoolClient(self.cluster, asynchronous=True)
+            except Exception as error:
+                raise BootError("cluster", error, log_tail=log_tail(error)) from error
+            self._loop = self.client.loop
+            await self._start()
+        except BaseException:
+            await self._close_async()
+            raise
+        return self
+
+    async def _start(self) -> None:
+        """Put the plugins in place, and wait until the pool is open; on the event loop."""
+        options = self.options
+        view = PoolOptionsView(
+            min=options.min,
+            max=options.max,
+            max_concurrency=options.max_concurrency,
+            buffer=options.buffer,
+            placement=options.placement,
+            boot_timeout=options.boot_timeout,
+            shutdown_timeout=options.shutdown_timeout,
+            idle_shutdown_after=options.idle_shutdown_after,
+            min_idle_shutdown_after=options.min_idle_shutdown_after,
+        )
+        host = FlameScheduler(self.name, view, self._settings.backoff, self._settings.inline_limit)
+        runner = FlameRunner(self.name)
+        self._host, self._runner = host, runner
+        loop = asyncio.get_running_loop()
+        scheduler = self.cluster.scheduler
+        self._port: Port
+        if isinstance(scheduler, Scheduler):
+            await internals.install_local(scheduler, host, runner)
+            self._port = LocalPort(loop, host, self.client)
+        else:
+            await internals.install_remote(self.client, host, runner)
+            self._port = CommPort(loop, self.client)
+        self._desk = CallDesk(self.name, self.client, self._port)
+        self._adaptive: PoolAdaptive = self.cluster.adapt(
+            Adaptive=PoolAdaptive,
+            minimum=options.min,
+            maximum=options.max,
+            backend=self._backend,
+            report=self._port.post,
+        )
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._closed = asyncio.Event()
+        self._news: dict[str, Callable[..., None]] = {
+            "result": self._desk.result,
+            "fetch": self._desk.fetch,
+            "failed": self._desk.failed,
+            "error": self._desk.error,
+            "boot": lambda runner, **_: self._adaptive.boot(runner),
+            "stop": lambda runner, **_: self._adaptive.halt(runner),
+            "scaled": self._scaled,
+            "opened": self._open_done,
+            "open-failed": self._open_done,
+            "closed": self._closed.set,
+        }
+        self._port.attach(self._receive)
+        self.client.flame_lost = self._lost
+        self._started = True
+        self._state = "open"
+        self._port.post({"what": "open"})
+        await self._opened
+
+    def _receive(self, what: str, **message: Any) -> None:
+        """Take news of the pool's host. Never raises: the host is not to blame."""
+        try:
+            self._news[what](**message)
+        except Exception:
+            logger.exception("pool %s: message %r", self.name, what)
+
+    def _open_done(self, error: FlameError | None = None) -> None:
+        if self._opened.done():
+            return  # whoever opened the pool has given up, or has been told already
+        if error is None:
+            self._opened.set_result(None)
+        else:
+            self._opened.set_exception(error)
+
+    def _scaled(
+        self, kind: str, runner: str, count: int, reason: str, error: BootError | None
+    ) -> None:
+        event = ScaleEvent(self.name, count, runner, reason)
+        options = self.options
+        if kind == "grow_start" and options.on_grow_start is not None:
+            self._hooks.fire(options.on_grow_start, event)
+        elif kind == "grow_end" and options.on_grow_end is not None:
+            self._hooks.fire(options.on_grow_end, "ok" if error is None else error, event)
+        elif kind == "shrink" and options.on_shrink is not None:
+            self._hooks.fire(options.on_shrink, event)
+
+    # -- closing -------------------------------------------------------------------------------
+
+    def close(self) -> Any:
+        """Close the pool (A6).
+
+        Queued calls fail with :class:`PoolClosed` at once, running ones get ``shutdown_timeout`` to
+        end. Afterwards nothing of the pool is left. It may be called again.
+
+        Returns
+        -------
+        None, or an awaitable if the pool is asynchronous.
+
+        Examples
+        --------
+        >>> pool.close()  # doctest: +SKIP
+        """
+        if self._asynchronous:
+            return self._close_async()
+        with self._closing:
+            # "closing": an earlier close has been interrupted.
+            if self._state in ("open", "closing"):
+                self._wind_up_sync()
+        return None
+
+    async def _close_async(self) -> None:
+        if self._state == "new":
+            self._over()
+        elif self._state != "closed":
+            if self._closer is None:
+                self._closer = asyncio.ensure_future(self._wind_up())
+            # However many wait for it, and whoever gives up: it goes on.
+            await asyncio.shield(self._closer)
+
+    def _wind_up_sync(self) -> None:
+        self._state = "closing"
+        with contextlib.ExitStack() as parts:  # each is closed, whatever becomes of the others
+            parts.callback(self._over)
+            parts.callback(self._hooks.close, GRACE)
+            parts.callback(self._settlers.close, GRACE)
+            if self.cluster is not None:
+                parts.callback(self._backend.close, self.cluster)
+            if self.client is not None:
+                parts.callback(self.client.close)
+            if self._loop is not None:
+                self.sync(self._shut)
+
+    async def _wind_up(self) -> None:
+        self._state = "closing"
+        async with contextlib.AsyncExitStack() as parts:
+            parts.callback(self._over)
+            parts.push_async_callback(asyncio.to_thread, self._hooks.close, GRACE)
+            parts.push_async_callback(asyncio.to_thread, self._settlers.close, GRACE)
+            if self.cluster is not None:
+                parts.push_async_callback(self._close_cluster)
+            if self.client is not None:
+                parts.push_async_callback(self.client.close)
+            await self._shut()
+
+    async def _close_cluster(self) -> None:
+        closing = self._backend.close(self.cluster)
+        if inspect.isawaitable(closing):
+            await closing
+
+    async def _shut(self) -> None:
+        """Let the host wind the pool up, and wait for it; on the event loop."""
+        if not self._started:
+            return
+        self._open_done(PoolClosed(self.name))
+        self._port.post({"what": "close"})
+        await self._closed.wait()
+        await self._adaptive.idle()
+        self._desk.close()
+        scheduler = self.cluster.scheduler
+        if isinstance(scheduler, Scheduler):
+            # It may be somebody else's, and go on.
+            await internals.uninstall_local(scheduler, self._host, self._runner)
+        internals.forget_adaptive(self.cluster, self._adaptive)
+
+    def _over(self) -> None:
+        self._state = "closed"
+        registry.unregister(self)
+
+    def _lost(self) -> None:
+        """Take note that the way to the host is cut: its scheduler is gone, say (F3)."""
+        if not self._closed.is_set():
+            self._open_done(BootError("cluster", "the connection to the scheduler is lost"))
+            self._desk.lose()
+            # Nobody is left who could order it.
+            self._adaptive.halt_all()
+            self._closed.set()
+
+    def close_at_exit(self) -> None:
+        """Close the pool because the interpreter exits."""
+        if not self._asynchronous:
+            self.close()
+        # The event loop of an asynchronous pool is gone by now; its runners have ended with it.
+
+    def __enter__(self) -> Self:
+        if self._asynchronous:
+            raise TypeError("this pool is asynchronous: use `async with`")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        return self._open_async().__await__()
+
+    async def __aenter__(self) -> Self:
+        opened: Self = await self
+        return opened
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._close_async()
+
+
+class _Settings:
+    """What Dask's configuration has under ``flame:`` that is no option of a pool."""
+
+    def __init__(self, inline_limit: int, backoff: Backoff) -> None:
+        self.inline_limit = inline_limit
+        self.backoff = backoff
+
+    @classmethod
+    def read(cls) -> _Settings:
+        get = dask.config.get
+        backoff = Backoff(
+            base=parse_timedelta(get("flame.boot-backoff.base")),
+            factor=float(get("flame.boot-backoff.factor")),
+            cap=parse_timedelta(get("flame.boot-backoff.cap")),
+            open_retries=int(get("flame.boot-retries")),
+        )
+        return cls(int(parse_bytes(get("flame.inline-limit"))), backoff)

@@ -1,0 +1,1 @@
+"""What runs on a runner: the worker plugin, and the execution of calls."""

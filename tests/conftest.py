@@ -1,0 +1,275 @@
+"""Fixtures for all tests, and a check after each test that nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import psutil
+import pytest
+from distributed import LocalCluster
+from distributed.deploy.subprocess import SubprocessCluster
+
+from flame_dask import FlamePool
+
+Until = Callable[..., Any]
+MakePool = Callable[..., FlamePool]
+
+#: Without a dashboard, which takes as long to start as the rest of a cluster. ``shared`` has one.
+BACKENDS: dict[str, Any] = {
+    "local": (LocalCluster, {"scheduler_kwargs": {"dashboard": False}}),
+    "subprocess": (SubprocessCluster, {"scheduler_kwargs": {"dashboard": False}}),
+}
+
+#: Threads that outlive a test on purpose, by the start of their name.
+THREADS_THAT_STAY = (
+    "Dask-Callback-Thread",  # Future.add_done_callback: one for the process, made by Dask
+    "Dask-Offload",  # Dask pickles large things there; one for the process
+    "TCP-Executor",  # Dask resolves host names there; one for the process
+    "pytest_timeout",  # the deadline of the test itself
+)
+
+#: Processes that outlive a test on purpose, by a part of their command line.
+PROCESSES_THAT_STAY = (
+    "multiprocessing.resource_tracker",  # Python's own; it ends with the interpreter
+    "multiprocessing.forkserver",
+)
+
+#: Dask keeps its working folder for the next worker, with nothing but two locks in it.
+SCRATCH = "dask-scratch-space"
+SCRATCH_LOCKS = {"global.lock", "purge.lock"}
+
+#: Where tests open pools, or run programs that do.
+FOLDERS_WITH_POOLS = frozenset({"pool", "e2e", "conformance"})
+
+#: Sockets that the kernel, and pools of connections that Dask closes lazily, may still hold.
+DESCRIPTORS_SPARE = 4
+
+
+def until(condition: Callable[..., Any], deadline: float = 10.0, *, about: str = "") -> Any:
+    """Wait until a condition holds, and return its value. The only way of waiting in these tests.
+
+    It fails the test when ``deadline`` seconds have passed.
+    """
+    end = time.monotonic() + deadline
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= end:
+            pytest.fail(f"not within {deadline:g} s: {about or _source(condition)}")
+        time.sleep(0.005)
+
+
+def _source(condition: Callable[[], Any]) -> str:
+    code = condition.__code__
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+
+
+@pytest.fixture(name="until", scope="session")
+def until_fixture() -> Until:
+    """Poll with a deadline: ``until(lambda: ..., 5)``."""
+    return until
+
+
+# -- nothing is left -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Have all temporary files of parent, scheduler and runners in a folder that can be checked."""
+    folder = tmp_path_factory.mktemp("tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", None)
+        yield folder
+
+
+def children() -> dict[int, str]:
+    """The processes below this one, by pid, with what they are."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline()) or process.name()
+            if process.status() == psutil.STATUS_ZOMBIE:
+                command = f"<zombie> {command}"
+            if not any(part in command for part in PROCESSES_THAT_STAY):
+                found[process.pid] = command
+    return found
+
+
+def threads() -> dict[threading.Thread, str]:
+    """The threads of this process, with their names."""
+    return {
+        thread: thread.name
+        for thread in threading.enumerate()
+        if not thread.name.startswith(THREADS_THAT_STAY)
+    }
+
+
+def files(folder: Path) -> set[str]:
+    """The temporary files of this process and those below it."""
+    found = {path.name for path in folder.iterdir() if path.name != SCRATCH}
+    scratch = folder / SCRATCH
+    if scratch.is_dir():
+        names = {path.name for path in scratch.iterdir()} - SCRATCH_LOCKS
+        found |= {f"{SCRATCH}/{name}" for name in names}
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_garbage_collection() -> None:
+    """Leave what is loaded by now out of it: it is collected after each test."""
+    gc.collect()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def nothing_left_behind(folder: Path, *, spare: int, killing: bool = False) -> Iterator[None]:
+    """Fail if a process, thread, temporary file or descriptor is left afterwards.
+
+    ``spare`` is how many descriptors may be. With ``killing``, working folders of workers may be
+    left: Dask removes that of a killed worker when the next one starts.
+    """
+    processes, running, there = children(), threads(), files(folder)
+    descriptors = psutil.Process().num_fds()
+    yield
+    gc.collect()
+    end = time.monotonic() + 5.0
+
+    def left(now: dict[Any, str], before: dict[Any, str]) -> list[str]:
+        return [name for key, name in now.items() if key not in before]
+
+    while True:
+        names = sorted(files(folder) - there)
+        rest = {
+            "processes": left(children(), processes),
+            "threads": left(threads(), running),
+            "temporary files": [n for n in names if not (killing and n.startswith(SCRATCH))],
+        }
+        more = psutil.Process().num_fds() - descriptors
+        if more > spare:
+            rest["descriptors"] = [f"{more} more than before"]
+        if not any(rest.values()):
+            return
+        if time.monotonic() > end:
+            pytest.fail(f"left behind: { {kind: what for kind, what in rest.items() if what} }")
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def kills_runners() -> None:
+    """Say that the test kills runners, which then can't clean up."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest, temporary_folder: Path) -> Iterator[None]:
+    """Fail a test that leaves a process, a thread, a temporary file or a descriptor (A6)."""
+    if not FOLDERS_WITH_POOLS.intersection(request.path.parts):
+        yield  # nothing is opened there, and looking costs a tenth of a second a test
+        return
+    spare = DESCRIPTORS_SPARE
+    if "shared" in request.fixturenames:
+        # It is there before the test and after it, and keeps connections to its runner for later.
+        request.getfixturevalue("shared")
+        spare += 40
+    killing = "kills_runners" in request.fixturenames
+    with nothing_left_behind(temporary_folder, spare=spare, killing=killing):
+        yield
+
+
+class FlameLog(logging.Handler):
+    """Collects what flame_dask logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        self.records.append(record)
+
+    def texts(self, level: int = logging.ERROR) -> list[str]:
+        """Return the texts of what was logged at this level or above, with tracebacks."""
+        form = logging.Formatter("%(name)s: %(message)s")
+        return [form.format(record) for record in self.records if record.levelno >= level]
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_wrong_quietly(request: pytest.FixtureRequest) -> Iterator[FlameLog]:
+    """Fail a test during which flame_dask logs an error, unless it asks for ``flame_log``.
+
+    The host of a pool and the parent's receiver never raise, they log.
+    """
+    log = FlameLog()
+    logger = logging.getLogger("flame_dask")
+    logger.addHandler(log)
+    yield log
+    logger.removeHandler(log)
+    if "flame_log" not in request.fixturenames:
+        assert log.texts() == []
+
+
+@pytest.fixture
+def flame_log(nothing_goes_wrong_quietly: FlameLog) -> FlameLog:
+    """What flame_dask logs during the test, which may be errors."""
+    return nothing_goes_wrong_quietly
+
+
+# -- pools ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def functions_by_value(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Send functions of the test module by value: runners need not be able to import it."""
+    cloudpickle.register_pickle_by_value(request.module)
+    yield
+    cloudpickle.unregister_pickle_by_value(request.module)
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Any:
+    """Each of the two backends in turn: the scheduler in the parent, and in its own process."""
+    return BACKENDS[request.param]
+
+
+@pytest.fixture(scope="session")
+def fast() -> dict[str, Any]:
+    """Options of a pool that is not to keep a test waiting at its end."""
+    return {"shutdown_timeout": 5, "boot_timeout": 20}
+
+
+@pytest.fixture
+def make_pool(request: pytest.FixtureRequest, fast: dict[str, Any]) -> Iterator[MakePool]:
+    """Open pools that are closed when the test ends: ``make_pool(max=2, ...)``."""
+    numbers = itertools.count(1)
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str | None = None, **options: Any) -> FlamePool:
+            if "backend" not in options:
+                options["backend"] = request.getfixturevalue("backend")
+            pool = FlamePool(name or f"pool{next(numbers)}", **{**fast, **options})
+            stack.callback(pool.close)
+            return pool
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared(backend: Any, fast: dict[str, Any], temporary_folder: Path) -> Iterator[FlamePool]:
+    """A pool with one runner of 20 slots, for all tests of a module that leave it as it was."""
+    options = {**fast, "min": 1, "max": 1, "max_concurrency": 20, "backend": backend[0]}
+    with nothing_left_behind(temporary_folder, spare=DESCRIPTORS_SPARE + 6):
+        with FlamePool("shared", **options) as pool:
+            pool.get_executor().submit(int).result(10)  # starts the thread of the executors
+            yield pool
+        del pool
