@@ -1,0 +1,211 @@
+"""Runs the code of README.md and of the pages in docs/, and holds the pages against the library.
+
+- Each block marked ``python`` is run, warnings are errors, and there is a deadline.
+- A block with ``if __name__ == "__main__":`` is a whole script: it is run by itself, as it stands.
+- The other blocks of a page belong together, as in a notebook: they run in order in one process.
+- A block marked ``output`` is what the block before it prints.
+- ``<!-- not run: reason -->`` before a block exempts it; it must still compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from flame_dask.options import NOT_YET, RESERVED, PoolOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DEADLINE = 90
+
+# What Dask's workers log although nothing is wrong. Anything else on stderr is a fault.
+DASKS_OWN = re.compile(
+    # A call that raises, as some on the pages are meant to.
+    r".* - ERROR - Compute Failed\n(?:\w+: .*\n)+\n?"
+    # A worker that closes while a heartbeat of its own is under way.
+    r"|.* - ERROR - Failed to communicate with scheduler during heartbeat\.\n"
+    r"(?:.*\n)*?distributed\.comm\.core\.CommClosedError: .*\n"
+)
+
+# Runs blocks one after the other in one namespace and says after each what it printed. The worker
+# processes of a pool import this file again, hence the guard.
+DRIVER = """
+import contextlib, io, json, sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    blocks = json.loads(Path(sys.argv[1]).read_text())
+    for block in blocks:
+        printed = io.StringIO()
+        # As many line breaks before the code as the page has before it: tracebacks then fit.
+        code = compile("\\n" * block["line"] + block["code"], block["page"], "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, globals())
+        place = f'{block["page"]}:{block["line"]}'
+        if block["output"] is not None:
+            assert printed.getvalue() == block["output"], f"{place} printed {printed.getvalue()!r}"
+"""
+
+
+@dataclass
+class Block:
+    """A piece of Python in a page."""
+
+    page: str
+    line: int  # lines before the first line of code
+    code: str
+    output: str | None = None
+    not_run: str | None = None
+
+    @property
+    def is_script(self) -> bool:
+        return "__name__ ==" in self.code
+
+
+def blocks_of(page: Path) -> list[Block]:
+    blocks: list[Block] = []
+    exemption = None
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        if token.type == "html_block":
+            found = re.match(r"<!-- *not run:(.*?)-->", token.content, re.DOTALL)
+            exemption = found and found[1].strip()
+            assert exemption != "", f"{page.name}: a block is not run, and no reason is given"
+        elif token.type == "fence" and token.info.strip() == "python":
+            assert token.map
+            blocks.append(
+                Block(
+                    page=str(page.relative_to(ROOT)),
+                    line=token.map[0] + 1,
+                    code=token.content,
+                    not_run=exemption,
+                )
+            )
+            exemption = None
+        elif token.type == "fence" and token.info.strip() == "output":
+            blocks[-1].output = token.content
+    return blocks
+
+
+BLOCKS = {page.name: blocks_of(page) for page in PAGES}
+
+
+def run(folder: Path, *command: str) -> str:
+    """Run Python in a folder of its own, and return what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", *command],
+        cwd=folder,
+        # The warnings are those of the worker processes.
+        env=os.environ | {"PYTHONWARNINGS": "error", "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=DEADLINE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"not done after {DEADLINE} s\n{out}\n{err}")
+    err = DASKS_OWN.sub("", err)
+    if process.returncode or err:
+        pytest.fail(f"exit status {process.returncode}\n{out}\n{err}")
+    return out
+
+
+@pytest.mark.timeout(DEADLINE + 30)
+@pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
+def test_code_of_page_runs(page: str, tmp_path: Path) -> None:
+    blocks = [block for block in BLOCKS[page] if not block.not_run]
+    if not blocks:
+        pytest.skip("; ".join(block.not_run or "" for block in BLOCKS[page]))
+
+    for block in blocks:
+        if block.is_script:
+            script = tmp_path / f"line{block.line}.py"
+            script.write_text(block.code, encoding="utf-8")
+            printed = run(tmp_path, str(script))
+            if block.output is not None:
+                assert printed == block.output, f"{block.page}:{block.line}"
+
+    together = [vars(block) for block in blocks if not block.is_script]
+    if together:
+        (tmp_path / "blocks.json").write_text(json.dumps(together), encoding="utf-8")
+        (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
+        run(tmp_path, "driver.py", "blocks.json")
+
+
+@pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
+def test_code_of_page_compiles(page: str) -> None:
+    for block in BLOCKS[page]:
+        compile("\n" * block.line + block.code, block.page, "exec")
+
+
+@pytest.mark.parametrize("table", ["RUNNER", "CALL"])
+def test_state_diagram_shows_every_transition(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    state_diagrams = importlib.import_module("state_diagrams")
+    transitions = getattr(importlib.import_module("flame_dask.core.transitions"), table)
+
+    drawing = state_diagrams.draw(transitions, table)
+
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
+    states = {state for state, _ in transitions} | set(transitions.values())
+    assert sorted(words) == sorted([*states, *(event for _, event in transitions)])
+    assert drawing.count("<polygon") == len(transitions)  # an arrow's head for each
+    assert f"state-diagram}} flame_dask.core.transitions:{table}" in (
+        ROOT / "docs" / "design.md"
+    ).read_text(encoding="utf-8")
+
+
+def configured(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each key of a configuration with its value, as a page writes them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from configured(value, f"{path}{key}.")
+        else:
+            yield path + key, value if isinstance(value, str) else json.dumps(value)
+
+
+def test_configuration_page_has_every_key_with_its_default() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    shipped = yaml.safe_load((ROOT / "flame_dask" / "flame.yaml").read_text(encoding="utf-8"))
+
+    missing = [
+        row for key, value in configured(shipped) if (row := f"`{key}` | `{value}`") not in page
+    ]
+
+    assert not missing
+
+
+def test_configuration_page_has_every_option() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    derived = {"idle_check", "queue_timeout_given", "call_defaults"}
+    options = {option.name for option in dataclasses.fields(PoolOptions)} - derived
+
+    assert not [option for option in sorted(options) if f"\n| `{option}` | " not in page]
+    assert not [option for option in sorted(RESERVED) if f"`{option}`" not in page]
+
+
+def test_configuration_page_says_what_is_not_there_yet() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    section = page.partition("### Not in this version")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+
+    assert listed == NOT_YET.keys() - {"idle_check"}
+    assert ("`(30, check)`" in section) == ("idle_check" in NOT_YET)
