@@ -296,6 +296,18 @@ class PoolClient(Client):
         if self.flame_lost is not None:
             self.flame_lost()
 
+    def close(self, *args: Any, **kwargs: Any) -> Any:
+        """Close the client, and the loop's thread also if it has closed by itself before."""
+        closing = super().close(*args, **kwargs)
+        if not self.asynchronous and self.status == "closed" and not self._is_finalizing():
+            self._loop_runner.stop()
+        return closing
+
+    async def _close(self, fast: bool = False) -> None:
+        if self.flame_lost is not None:  # before futures are released, which reads as a wish
+            self.flame_lost()
+        await super()._close(fast)
+
     async def _reconnect(self) -> None:
         # Orders to boot and to stop may have been lost meanwhile, and the host has let go of all
         # calls: there is nothing to come back to.
@@ -400,6 +412,9 @@ async def start_member(
     delays the next. A worker that stands both in the specification and among the started ones is
     left alone by it, yet belongs to the cluster: it is closed with it.
     """
+    if cluster.status != Status.running:
+        # It would be closed without this one.
+        raise RuntimeError(f"the cluster is {cluster.status.name}")
     scheduler: Any = cluster.scheduler
     address = getattr(scheduler, "contact_address", None) or scheduler.address
     member = cls(address, name=name, **options)

@@ -121,6 +121,11 @@ class RunnerProcess(SubprocessWorker):
 
     async def close(self) -> None:
         """End the process: gracefully at first, since its worker tells the scheduler then."""
+        async with self.lock:  # not while it is being started
+            await self._end()
+        await super().close()
+
+    async def _end(self) -> None:
         process = self.process
         if process is not None and process.returncode is None:
             with suppress(ProcessLookupError):
@@ -135,7 +140,6 @@ class RunnerProcess(SubprocessWorker):
         self.process = None
         if self._folder is not None:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        await super().close()
 
 
 def for_workers(factory: Any, given: Mapping[str, Any]) -> list[str]:
@@ -286,7 +290,7 @@ class ProcessBackend(SpecBackend):
             Path(options["scheduler_file"]).unlink(missing_ok=True)
 
     async def _stop_draining(self) -> None:
-        """Leave the scheduler's stderr to Dask, which reads it as it ends the process."""
+        """End the reading of the scheduler's stderr."""
         if self._drain is not None:
             self._drain.cancel()
             await asyncio.wait([self._drain])
@@ -296,7 +300,9 @@ class ProcessBackend(SpecBackend):
         assert self.cluster is not None
         process: Any = getattr(self.cluster.scheduler, "process", None)
         if process is not None and process.stderr is not None:
-            async for line in read_lines(process.stderr):
+            # Dask reads it as it ends the process: a second reader would be one too many.
+            stream, process.stderr = process.stderr, None
+            async for line in read_lines(stream):
                 if " - INFO - " not in line:  # as for the workers, only its complaints
                     self.scheduler_log.append(line.rstrip("\n"))
                     pass_on(line)

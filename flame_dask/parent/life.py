@@ -96,7 +96,9 @@ class PoolLife(SyncMethodMixin):
             self._loop = self.client.loop
             self.sync(self._start)
         except BaseException:
-            self._wind_up_sync()
+            with self._closing:
+                if self._state != "closed":  # by another thread, which is why opening failed
+                    self._wind_up_sync()
             raise
 
     async def _open_async(self) -> Self:

@@ -339,6 +339,7 @@ class FlamePool(PoolLife):
         >>> [runner.state for runner in pool.status().runners]  # doctest: +SKIP
         ['ready', 'booting']
         """
+        self._require_open()
         return self.sync(self._status)
 
     async def _status(self) -> PoolStatus:
@@ -360,6 +361,7 @@ class FlamePool(PoolLife):
         >>> print(pool.events()[-1].reason)  # doctest: +SKIP
         pool-2: idle for 30 s
         """
+        self._require_open()
         return self.sync(self._events)
 
     async def _events(self) -> list[PoolEvent]:

@@ -436,3 +436,14 @@ def test_ten_thousand_owed_boots_cost_no_more_than_their_number():
     simulator.tell(ev.Tick())
     assert pool.core.counters["expired"] == 5000
     assert time.process_time() - start < 3
+
+
+def test_c6_a_boot_that_failed_in_the_very_moment_of_the_call_is_blamed():
+    pool = Script(max=1, boots=[Fails(0.0, cause="refused"), HANGS], backoff=EXACT).open()
+    call = pool.submit(queue=5)
+    pool.run_for(5)
+    expired = pool.answers[call]
+    assert isinstance(expired, do.Expired)
+    assert pool.booting == ["pool-2"]  # nothing is owed: the next one is under way
+    assert expired.boot_problem is not None
+    assert expired.boot_problem.cause == "refused"

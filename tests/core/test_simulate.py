@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parents[2] / "ci" / "bench" / "simulate.py"
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "ci" / "bench" / "simulate.py"
+# The checkout that is tested, whether it is installed or not.
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def simulate(*args: str) -> dict[str, str]:
@@ -19,7 +23,8 @@ def simulate(*args: str) -> dict[str, str]:
 
 def output(*args: str) -> str:
     command = [sys.executable, str(PROGRAM), *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=ENV)
+    return done.stdout
 
 
 def test_a_trace(tmp_path):
@@ -41,7 +46,7 @@ def test_a_trace_that_can_not_be_read(tmp_path):
     trace = tmp_path / "calls.csv"
     trace.write_text("1,2\nsoon,3\n")
     command = [sys.executable, str(PROGRAM), "--trace", str(trace)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=ENV)
     assert done.returncode == 1
     assert "calls.csv:2" in done.stderr
     assert "Traceback" not in done.stderr

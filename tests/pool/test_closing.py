@@ -209,7 +209,7 @@ def test_a6_from_a_hook(make_pool: MakePool, backend: Any, until: Until) -> None
         future.result(5)
 
 
-class _nothing:  # noqa: N801
+class _nothing:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
