@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dask._task_spec import Task
 from distributed import Client, get_worker
-from distributed.client import Future, FutureState
+from distributed.client import Future, FutureState, _global_clients
 from distributed.comm.core import CommClosedError
 from distributed.core import Status, clean_exception
 from distributed.protocol.pickle import dumps
@@ -260,6 +260,20 @@ class PoolClient(Client):
 
     flame_release: Callable[[str, bool], None] | None = None
     flame_lost: Callable[[], None] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["set_as_default"] = False
+        super().__init__(*args, **kwargs)
+
+    def start(self, **kwargs: Any) -> None:
+        """Connect, and be the default client only where there is no other.
+
+        ``distributed.wait`` and ``as_completed`` need one. But where a program has a client of its
+        own, that is the one for ``dask.compute``: a pool without runners would never answer.
+        """
+        super().start(**kwargs)
+        if self not in _global_clients.values():
+            _global_clients[min(_global_clients, default=0) - 1] = self
 
     def listen(self, handler: Callable[..., None]) -> None:
         """Let ``handler`` take what the pool's host sends."""

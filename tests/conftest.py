@@ -127,6 +127,14 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def impatience() -> Iterator[None]:
+    """Kill soon what does not end by itself, such as a runner whose call goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flame_dask.backends.processes.TERMINATE_WAIT", 0.5)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def quick_garbage_collection() -> None:
     """Leave what is loaded by now out of it: it is collected after each test."""
     gc.collect()
@@ -168,7 +176,7 @@ def nothing_left_behind(folder: Path, *, spare: int, killing: bool = False) -> I
 
 @pytest.fixture
 def kills_runners() -> None:
-    """Say that the test kills runners, which then can't clean up."""
+    """Say that the test kills runners or a scheduler, which then can't clean up."""
 
 
 @pytest.fixture(autouse=True)

@@ -92,25 +92,41 @@ class RunnerProcess(SubprocessWorker):
     async def _start(self) -> None:
         if "local_directory" not in self.worker_kwargs:
             # Its own, so that it can be removed when the worker had no time to do so.
-            self._folder = await asyncio.to_thread(tempfile.mkdtemp, prefix="flame-")
+            self._folder = tempfile.mkdtemp(prefix="flame-")
             self.worker_kwargs["local_directory"] = self._folder
         spec = json.dumps({"cls": self.worker_class, "opts": self.worker_kwargs})
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dask", "spec", self.scheduler, "--spec", spec,
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **self.env},
-            start_new_session=True,
-        )  # fmt: skip
-        self._attendant = asyncio.ensure_future(self._attend(self.process))
+        # A pipe of our own: with one of asyncio's, a process has not ended, for Python 3.11, before
+        # all that it has started has closed the pipe too.
+        ours, its = os.pipe()
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "dask", "spec", self.scheduler, "--spec", spec,
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=its,
+                env={**os.environ, **self.env},
+                start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(its)
+        self._attendant = asyncio.ensure_future(self._attend(self.process, ours))
 
-    async def _attend(self, process: asyncio.subprocess.Process) -> None:
+    async def _attend(self, process: asyncio.subprocess.Process, pipe: int) -> None:
         """Go with the process to its end, and keep its last words."""
-        assert process.stderr is not None
-        reader = asyncio.ensure_future(self._read(process.stderr))
-        self.exit_code = await process.wait()
-        await asyncio.wait([reader], timeout=LAST_WORDS_WAIT)
-        reader.cancel()
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream),
+            open(pipe, "rb", buffering=0),  # noqa: SIM115  # the transport closes it
+        )
+        reader = asyncio.ensure_future(self._read(stream))
+        try:
+            self.exit_code = await process.wait()
+            await asyncio.wait([reader], timeout=LAST_WORDS_WAIT)
+        finally:
+            reader.cancel()
+            transport.close()
         self._event_finished.set()
 
     async def _read(self, stream: asyncio.StreamReader) -> None:
@@ -132,14 +148,20 @@ class RunnerProcess(SubprocessWorker):
                 process.terminate()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(process.wait(), TERMINATE_WAIT)
-        if process is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+        self.clean_up()
         if self._attendant is not None:
             await asyncio.wait([self._attendant])
         self.process = None
+
+    def clean_up(self) -> None:
+        """Kill what is left of the process and all that it has started, and remove its folder."""
+        if self.process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         if self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+            # Not in another thread: a pool is closed at the end of the interpreter too, when no
+            # executor takes work any more. There is little in it, its worker has cleaned up.
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def for_workers(factory: Any, given: Mapping[str, Any]) -> list[str]:
@@ -205,10 +227,18 @@ class ProcessBackend(SpecBackend):
     given
         More options for it. ``env``, ``worker_kwargs`` and, as with ``LocalCluster``, any option of
         :class:`distributed.Worker` go to the workers.
+    cluster
+        The cluster, if it is there already; it is left open then.
     """
 
-    def __init__(self, options: PoolOptions, factory: Any, given: Mapping[str, Any]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        options: PoolOptions,
+        factory: Any,
+        given: Mapping[str, Any],
+        cluster: SpecCluster | None = None,
+    ) -> None:
+        super().__init__(cluster)
         for option, remedy in TAKEN.items():
             if option in given:
                 raise PoolOptionsError(
@@ -240,6 +270,8 @@ class ProcessBackend(SpecBackend):
 
     def open(self, *, asynchronous: bool) -> Any:
         """Return the cluster, without workers."""
+        if self.cluster is not None:
+            return self.cluster
         options = {**self._options, "n_workers": 0, "threads_per_worker": 1}
         if asynchronous:
             self.cluster = self._factory(asynchronous=True, **options)
@@ -273,15 +305,17 @@ class ProcessBackend(SpecBackend):
         """Close the cluster; awaitable if it is."""
         if cluster.asynchronous:
             return self._close(cluster)
-        cluster.sync(self._stop_draining)
+        if cluster.status != internals.Status.closed:  # its loop has ended then
+            cluster.sync(self._prepare_end, cluster)
         super().close(cluster)
         self._tidy(cluster)
         return None
 
     async def _close(self, cluster: Any) -> None:
-        await self._stop_draining()
-        await super().close(cluster)
-        self._tidy(cluster)
+        await self._prepare_end(cluster)
+        if not self._given:
+            await super().close(cluster)
+            self._tidy(cluster)
 
     def _tidy(self, cluster: Any) -> None:
         """Remove the file in which a scheduler process told its address, as it is killed."""
@@ -289,11 +323,28 @@ class ProcessBackend(SpecBackend):
         if "scheduler_file" in options:
             Path(options["scheduler_file"]).unlink(missing_ok=True)
 
-    async def _stop_draining(self) -> None:
-        """End the reading of the scheduler's stderr."""
+    async def _prepare_end(self, cluster: Any) -> None:
         if self._drain is not None:
             self._drain.cancel()
             await asyncio.wait([self._drain])
+        process = getattr(cluster.scheduler, "process", None)
+        if process is not None and process.returncode is not None:
+            # The scheduler is gone: Dask would try to reach it for half a minute.
+            cluster.shutdown_scheduler = False
+            await cluster.scheduler.close()
+
+    def kill(self) -> None:
+        """End all processes at once, without an event loop, because the interpreter exits."""
+        if self.cluster is None:
+            return
+        for member in [*self.cluster.workers.values(), self.cluster.scheduler]:
+            process = getattr(member, "process", None)
+            if process is not None and process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            if isinstance(member, RunnerProcess):
+                member.clean_up()
+        self._tidy(self.cluster)
 
     async def _drain_scheduler(self) -> None:
         """Read the stderr of a scheduler process: a full pipe would bring it to a stop."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from distributed import LocalCluster, SpecCluster
+from distributed import LocalCluster, Nanny, SpecCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask.backends.base import Backend
 from flame_dask.backends.processes import ProcessBackend
-from flame_dask.backends.spec import SpecBackend
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
@@ -63,7 +62,8 @@ def _imported(path: str) -> Any:
 
 def _running(options: PoolOptions, cluster: SpecCluster) -> Backend:
     worker = cluster.new_spec or {}
-    if "nthreads" not in worker.get("options", {}):
+    known = isinstance(cluster, LocalCluster) and worker.get("cls") is Nanny
+    if not known or cluster.security.require_encryption:
         raise PoolOptionsError("backend", cluster, _REMEDY, problem="is not supported")
     if cluster.worker_spec:
         raise PoolOptionsError(
@@ -79,7 +79,18 @@ def _running(options: PoolOptions, cluster: SpecCluster) -> Backend:
             "make both asynchronous, or none of them",
             problem=f"is {'' if cluster.asynchronous else 'not '}asynchronous, unlike the pool",
         )
-    changes: dict[str, Any] = {"nthreads": options.max_concurrency}
-    if options.env:
-        changes["env"] = dict(options.env)
-    return SpecBackend(cluster, changes)
+    # Its own workers would have a nanny, which starts a dead one anew; a runner lives once.
+    more = {name: v for name, v in worker["options"].items() if name not in _OF_THE_CLASS}
+    return ProcessBackend(options, LocalCluster, more, cluster)
+
+
+#: What LocalCluster itself puts among the options of its workers, and the pool does not need.
+_OF_THE_CLASS = {
+    "dashboard",
+    "dashboard_address",
+    "interface",
+    "nthreads",
+    "protocol",
+    "security",
+    "services",
+}

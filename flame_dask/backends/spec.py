@@ -18,15 +18,10 @@ class SpecBackend:
     ----------
     cluster
         The cluster, if it is there already; it is left open then.
-    changes
-        Options of a worker that are set for each runner.
     """
 
-    def __init__(
-        self, cluster: SpecCluster | None = None, changes: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, cluster: SpecCluster | None = None) -> None:
         self.cluster = cluster
-        self.changes = changes or {}
         self._given = cluster is not None
 
     def open(self, *, asynchronous: bool) -> Any:
@@ -38,7 +33,7 @@ class SpecBackend:
         """Return the class of a worker and its options."""
         assert self.cluster is not None
         spec = self.cluster.new_spec
-        return spec["cls"], {**spec.get("options", {}), **self.changes}
+        return spec["cls"], spec.get("options", {})
 
     async def boot(self, runner: str) -> None:
         """Start one worker."""

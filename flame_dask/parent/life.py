@@ -16,6 +16,7 @@ from distributed import Scheduler
 from distributed.utils import SyncMethodMixin
 
 from flame_dask import dask_internals as internals
+from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.resolve import resolve
 from flame_dask.core.backoff import Backoff
 from flame_dask.core.events import PoolOptionsView
@@ -295,7 +296,9 @@ class PoolLife(SyncMethodMixin):
         """Close the pool because the interpreter exits."""
         if not self._asynchronous:
             self.close()
-        # The event loop of an asynchronous pool is gone by now; its runners have ended with it.
+        elif isinstance(self._backend, ProcessBackend):
+            # The event loop of an asynchronous pool is gone by now, but processes may go on.
+            self._backend.kill()
 
     def __enter__(self) -> Self:
         if self._asynchronous:

@@ -7,6 +7,7 @@ import itertools
 import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from flame_dask.parent.futures import CallState
@@ -24,19 +25,11 @@ def map_sync(
     return_exceptions: bool,
 ) -> Iterator[Any]:
     """Yield the results of one call for each item; see :meth:`FlamePool.map`."""
-    source = iter(items)
     done: queue.SimpleQueue[CallState] = queue.SimpleQueue()
-    pending: deque[CallState] = deque()
-
-    def fill() -> None:
-        for item in itertools.islice(source, ahead - len(pending)):
-            state = start(*item)
-            pending.append(state)
-            if not ordered:
-                state.when_done(lambda state=state: done.put(state))  # type: ignore[misc]
-
+    window = _Window(items, start, ahead, None if ordered else done.put)
+    pending = window.pending
     try:
-        fill()
+        window.fill()
         while pending:
             if ordered:
                 state = pending[0]
@@ -45,8 +38,9 @@ def map_sync(
             else:
                 state = done.get()
                 pending.remove(state)
-            fill()
+            window.fill()
             yield _outcome(state, return_exceptions)
+        window.end()
     finally:
         for state in pending:
             cancel(state)
@@ -62,19 +56,11 @@ async def map_async(
     return_exceptions: bool,
 ) -> AsyncIterator[Any]:
     """Yield the results of one call for each item; see :meth:`FlamePool.map`."""
-    source = iter(items)
     done: asyncio.Queue[CallState] = asyncio.Queue()
-    pending: deque[CallState] = deque()
-
-    def fill() -> None:
-        for item in itertools.islice(source, ahead - len(pending)):
-            state = start(*item)
-            pending.append(state)
-            if not ordered:
-                state.when_done(lambda state=state: done.put_nowait(state))  # type: ignore[misc]
-
+    window = _Window(items, start, ahead, None if ordered else done.put_nowait)
+    pending = window.pending
     try:
-        fill()
+        window.fill()
         while pending:
             if ordered:
                 state = pending[0]
@@ -83,11 +69,52 @@ async def map_async(
             else:
                 state = await done.get()
                 pending.remove(state)
-            fill()
+            window.fill()
             yield _outcome(state, return_exceptions)
+        window.end()
     finally:
         for state in pending:
             cancel(state)
+
+
+class _Window:
+    """The calls of a map that are under way, or are over and wait to be yielded.
+
+    What goes wrong with an item (its iterator raises, it can't be pickled, the pool closes) is due
+    when all results before it have been yielded.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[tuple[Any, ...]],
+        start: Start,
+        ahead: int,
+        over: Callable[[CallState], None] | None,
+    ) -> None:
+        self.pending: deque[CallState] = deque()
+        self._source = iter(items)
+        self._start = start
+        self._ahead = ahead
+        self._over = over
+        self._failure: Exception | None = None
+
+    def fill(self) -> None:
+        """Start calls until there are as many as may be."""
+        if self._failure is not None:
+            return
+        try:
+            for item in itertools.islice(self._source, self._ahead - len(self.pending)):
+                state = self._start(*item)
+                self.pending.append(state)
+                if self._over is not None:
+                    state.when_done(partial(self._over, state))
+        except Exception as error:  # the caller's iterator can raise anything
+            self._failure = error
+
+    def end(self) -> None:
+        """Raise what has gone wrong, if something has."""
+        if self._failure is not None:
+            raise self._failure
 
 
 def _outcome(state: CallState, return_exceptions: bool) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import distributed
 import psutil
 import pytest
@@ -299,3 +300,14 @@ def test_a6_the_client_was_closed_by_somebody_else(
         pool.call(inc, 1)
     gate.touch()
     pool.close()
+
+
+def test_a4_without_another_client_the_pools_is_the_default(
+    make_pool: MakePool, backend: Any
+) -> None:
+    pool = make_pool(max=1)
+    assert distributed.default_client() is pool.client
+    assert dask.config.get("scheduler", None) is None
+    pool.close()
+    with pytest.raises(ValueError, match="No clients found"):
+        distributed.default_client()

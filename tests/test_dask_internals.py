@@ -1,0 +1,105 @@
+"""What is taken for granted of the private API of distributed: an upgrade that moves it fails."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from dask._task_spec import Task
+from distributed import Client, Scheduler, SpecCluster, Worker
+from distributed.batched import BatchedSend
+from distributed.client import Future, FutureState
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import SchedulerState
+from distributed.worker_state_machine import TaskFinishedMsg, TaskState
+
+from flame_dask import dask_internals as internals
+
+
+def parameters(function: object) -> set[str]:
+    return set(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "needed"),
+    [
+        (SchedulerState.new_task, {"key", "spec", "state"}),
+        (Scheduler.transitions, {"recommendations", "stimulus_id"}),
+        (Scheduler.client_desires_keys, {"keys", "client"}),
+        (Scheduler.client_releases_keys, {"keys", "client", "stimulus_id"}),
+        (Scheduler.handle_worker_status_change, {"status", "worker", "stimulus_id"}),
+        (Scheduler.register_worker_plugin, {"comm", "plugin", "name", "idempotent"}),
+        (SchedulerPlugin.remove_worker, {"scheduler", "worker", "stimulus_id"}),
+        (SchedulerPlugin.transition, {"key", "start", "finish", "stimulus_id"}),
+        (Client._gather, {"futures", "errors", "direct", "local_worker"}),
+        (Client._gather_remote, {"direct", "local_worker"}),
+        (Client._release_key, {"key"}),
+        (Client._dec_ref, {"key"}),
+        (Client._send_to_scheduler_safe, {"msg"}),
+        (Client._close, {"fast"}),
+        (Future.__init__, {"key", "client", "state"}),
+        (FutureState.set_error, {"exception", "traceback"}),
+        (FutureState.finish, {"type"}),
+        (Worker.batched_send, {"msg"}),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_private_functions_take_what_they_are_given(function: object, needed: set[str]) -> None:
+    """B1, B3: the calls that dask_internals makes, and the methods that it overrides."""
+    assert needed <= parameters(function)
+
+
+def test_hooks_run_without_yielding() -> None:
+    """F1: what a scheduler plugin does in a hook happens before anything else can."""
+    assert not inspect.iscoroutinefunction(Scheduler._transition)
+    assert not inspect.iscoroutinefunction(Scheduler.client_releases_keys)
+    source = inspect.getsource(Scheduler.remove_worker)
+    assert (
+        "await " not in source[source.index("self.transitions") : source.index(".remove_worker(")]
+    )
+
+
+def test_metadata_travels_with_the_completion() -> None:
+    """B1: a small result comes along with the news that its task is done."""
+    assert "metadata" in TaskFinishedMsg.__annotations__
+    assert "metadata" in TaskState.__annotations__
+    assert "metadata=metadata" in inspect.getsource(Scheduler.stimulus_task_finished)
+
+
+def test_streams_can_be_hastened() -> None:
+    """The pause between two sends is an attribute that is read before each send."""
+    source = inspect.getsource(BatchedSend._background_send)
+    assert "self.interval" in source
+    stream = type("Stream", (), {"interval": 0.01})()
+    internals.hasten(stream)
+    assert stream.interval == 0
+    internals.hasten(None)
+
+
+def test_tasks_take_their_arguments_as_they_are() -> None:
+    """B1: a payload is handed on unopened, and a coroutine function is seen as one."""
+
+    async def later(value: object) -> object:
+        return value
+
+    payload = object()
+    task = internals.make_task("key", lambda value: value, payload)
+    assert isinstance(task, Task)
+    assert task() is payload
+    assert not task.is_coro
+    assert internals.make_task("key", later, payload).is_coro
+
+
+def test_a_cluster_keeps_its_books_where_we_write() -> None:
+    """C2: a worker in both books is left alone by the cluster, and closed with it."""
+    source = inspect.getsource(SpecCluster._correct_state_internal)
+    assert "set(self.workers) - set(self.worker_spec)" in source
+    assert "set(self.worker_spec) - set(self.workers)" in source
+
+
+def test_errors_are_opened() -> None:
+    """B1: an exception arrives as it is, as bytes, or not at all."""
+    error, trace = internals.open_error(ValueError("x"), None)
+    assert isinstance(error, ValueError)
+    assert trace is None
+    assert isinstance(internals.open_error(None, None)[0], RuntimeError)
