@@ -1,7 +1,6 @@
 """The benchmarks run to their end and print their tables. What the figures are is not tested."""
 
 import os
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -23,35 +22,32 @@ pytestmark = [
 ]
 
 
-#: A worker of plain Dask that is closed in the middle of a heartbeat says so, with a traceback.
-CUT_HEARTBEAT = "Failed to communicate with scheduler during heartbeat."
+@pytest.fixture
+def run_bench(tmp_path, without_cut_heartbeats):
+    """Run a benchmark; return the lines that it printed."""
 
+    def start(name, *arguments):
+        bench = ROOT / "ci" / "bench" / name
+        run = subprocess.run(
+            [sys.executable, "-W", "error", bench, "--quick", *arguments],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=170,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert "Traceback" not in without_cut_heartbeats(run.stderr), run.stderr
+        assert list(tmp_path.iterdir()) == []
+        return run.stdout.splitlines()
 
-def without_cut_heartbeats(log):
-    records = re.split(r"^(?=\d{4}-\d\d-\d\d )", log, flags=re.MULTILINE)
-    return "".join(record for record in records if CUT_HEARTBEAT not in record)
-
-
-def run_bench(name, *arguments, cwd):
-    command = [sys.executable, "-W", "error", ROOT / "ci" / "bench" / name, "--quick", *arguments]
-    run = subprocess.run(
-        command,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "Traceback" not in without_cut_heartbeats(run.stderr), run.stderr
-    assert list(cwd.iterdir()) == []
-    return run.stdout.splitlines()
+    return start
 
 
 @pytest.mark.parametrize("backend", ["local", "subprocess"])
-def test_calls(backend, tmp_path):
-    what, head, rule, *lines = run_bench("calls.py", "--backend", backend, cwd=tmp_path)
+def test_calls(backend, run_bench):
+    what, head, rule, *lines = run_bench("calls.py", "--backend", backend)
     assert backend in what
     assert head.split() == ["flame_dask", "plain", "Dask", "ratio", "wanted", "met"]
     assert set(rule) == {"-"}
@@ -66,14 +62,14 @@ def test_calls(backend, tmp_path):
         assert line.count(" ms") + line.count(" /s") == 2
 
 
-def test_calls_of_a_function_of_main(tmp_path):
-    lines = run_bench("calls.py", "--by-value", "--workers", "1", cwd=tmp_path)
+def test_calls_of_a_function_of_main(run_bench):
+    lines = run_bench("calls.py", "--by-value", "--workers", "1")
     assert lines[0].startswith("1 workers of 2 threads each")
     assert len(lines) == 8
 
 
-def test_cold(tmp_path):
-    what, head, _, *lines = run_bench("cold.py", cwd=tmp_path)
+def test_cold(run_bench):
+    what, head, _, *lines = run_bench("cold.py")
     assert what.startswith("1 cold calls each")
     assert head.split() == ["median", "least", "most", "ratio", "wanted", "met"]
     names = ["flame_dask", "scale(1), one task", "adapt(0, 1)"]
@@ -81,8 +77,8 @@ def test_cold(tmp_path):
     assert all(line.count(" s") >= 3 for line in lines)
 
 
-def test_idle(tmp_path):
-    what, head, _, line = run_bench("idle.py", cwd=tmp_path)
+def test_idle(run_bench):
+    what, head, _, line = run_bench("idle.py")
     assert "1 x 1 s each" in what
     assert head.split() == ["flame_dask", "plain", "Dask", "more", "wanted", "met"]
     assert line.startswith("one runner, no calls")
