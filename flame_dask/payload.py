@@ -431,11 +431,13 @@ def _register_spawned_main() -> None:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """cloudpickle, with exceptions that come back whole."""
+    """cloudpickle, with exceptions that come back whole, and code that tells where it stands."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, BaseException):
             return _reduced_exception(obj)
+        if type(obj) is types.CodeType:
+            return _reduced_code(obj)
         return super().reducer_override(obj)
 
 
@@ -457,6 +459,20 @@ class _DaskPickler(_Pickler):
         except TypeError:  # Dask has nothing for this type
             return NotImplemented
         return deserialize, serialize(obj)
+
+
+def _reduced_code(code: types.CodeType) -> Any:
+    """Take code apart, and keep the name of its file.
+
+    cloudpickle 3.1.3 leaves a stand-in for it. Then a traceback has no lines of the source, and
+    nothing says which of two functions of one name has failed (rule B1).
+    """
+    make, args = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    return make, tuple([code.co_filename if _is_stand_in(arg) else arg for arg in args])
+
+
+def _is_stand_in(arg: object) -> bool:
+    return type(arg) is str and arg == "<dynamic-code>"
 
 
 def _reduced_exception(exc: BaseException) -> Any:

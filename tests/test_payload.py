@@ -90,6 +90,17 @@ def test_call_of_a_module_function() -> None:
     assert payload.nbytes == len(payload.data) < 200
 
 
+def test_code_that_goes_by_value_keeps_its_file() -> None:
+    """B1: tracebacks have lines of the source, whatever cloudpickle makes of the file's name."""
+
+    def outer() -> Any:
+        return lambda: None
+
+    fn, _, _ = pack_call(outer, (), {}).load()
+    assert fn is not outer
+    assert fn.__code__.co_filename == fn().__code__.co_filename == __file__
+
+
 def test_closures_and_lambdas() -> None:
     """B1: they go by value, at the top and inside of arguments."""
     step = 3
