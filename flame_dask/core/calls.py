@@ -1,4 +1,4 @@
-"""The calls of a pool: where each is in its life, and until when it may take (E1, E2)."""
+"""The calls of a pool: where each is in its life, and until when it may take (E1, E2, E3)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CallBook:
             story = self._story.of(event.call)
             raise IllegalTransition(event.call, known.state, "submitted", story)
         boots = self._boots.seconds(now)
-        call = Call(event.call, event.limits, event.priority, now, boots)
+        call = Call(event.call, event.limits, event.priority, event.retries, now, boots)
         self.calls[call.id] = call
         self._story.begin(now, call.id, "submitted", call.state)
         return call
@@ -53,17 +53,19 @@ class CallBook:
     def wait(self, call: Call) -> None:
         """Put a call into the queue, for as long as it may be there."""
         self.queue.push(call.id, call.priority)
-        limit = call.limits.queue if call.limits.total is None else call.limits.total
-        if limit is not None:
-            self._due.set(call.id, call.submitted + limit)
+        limits = call.limits
+        if limits.total is not None:
+            self._due.set(call.id, call.submitted + limits.total)
+        elif limits.queue is not None:
+            self._due.set(call.id, call.since + limits.queue)
 
     def start(self, now: float, call: Call, runner: Runner) -> None:
         """Note that a call has a slot, and how it came to it."""
         call.state = self._story.call(now, call.id, call.state, "slot")
         call.runner = runner
         call.started = now
-        call.queued = now - call.submitted
-        call.booted = self._boots.seconds(now) - call.booted
+        call.queued += now - call.since
+        call.booted += self._boots.seconds(now) - call.clock
         call.problem = self._boots.problem_since(call.submitted)
         limits = call.limits
         if limits.total is not None:
@@ -73,10 +75,36 @@ class CallBook:
         else:
             self._due.discard(call.id)
 
-    def answer(self, now: float, call: Call, event: str) -> None:
-        """Note that a running call's caller has been answered; its work is still there (E3)."""
-        call.state = self._story.call(now, call.id, call.state, event)
+    def requeue(self, now: float, call: Call) -> None:
+        """Note that the work of a running call was lost, and that it is to be started anew (F1).
+
+        It comes after those that wait already. The limits of the queue and of the run count from
+        their beginning again, a total limit goes on.
+        """
+        call.state = self._story.call(now, call.id, call.state, "requeued")
+        call.retries -= 1
+        call.runner = None
+        call.ran += now - call.started
+        call.since = now
+        call.clock = self._boots.seconds(now)
         self._due.discard(call.id)
+
+    def overdue(self, now: float, call: Call) -> bool:
+        """Say whether a call's time is up, whatever it does."""
+        total = call.limits.total
+        return total is not None and now >= call.submitted + total
+
+    def answer(self, now: float, call: Call, event: str, grace: float) -> None:
+        """Note that a running call's caller has been answered; its work is still there (E3).
+
+        Unless that is gone within the grace, the call comes up in :meth:`pop_due` once more.
+        """
+        call.state = self._story.call(now, call.id, call.state, event)
+        self._due.set(call.id, now + grace)
+
+    def stick(self, now: float, call: Call) -> None:
+        """Note that the work of an answered call can't be ended."""
+        call.state = self._story.call(now, call.id, call.state, "stuck")
 
     def end(self, now: float, call: Call, event: str) -> None:
         """Note the end of a call, and forget it."""
@@ -86,7 +114,7 @@ class CallBook:
         del self.calls[call.id]
 
     def pop_due(self, now: float) -> Call | None:
-        """Return one call whose time is up; ``None`` if there is no more."""
+        """Return one call whose time is up, or whose grace is; ``None`` if there is no more."""
         call_id = self._due.pop_due(now)
         return None if call_id is None else self.calls[call_id]
 
@@ -95,12 +123,14 @@ class CallBook:
         limits = call.limits
         if call.state == "running":
             phase, limit = "running", limits.run
-            waited, boots, running = call.queued, call.booted, now - call.started
+            waited, boots = call.queued, call.booted
+            running = call.ran + now - call.started
             problem = call.problem
         else:
             phase, limit = "booting" if self._boots.busy else "queued", limits.queue
-            waited, boots = now - call.submitted, self._boots.seconds(now) - call.booted
-            running = 0.0
+            waited = call.queued + now - call.since
+            boots = call.booted + self._boots.seconds(now) - call.clock
+            running = call.ran
             problem = self._boots.problem_since(call.submitted)
         if limits.total is not None:
             limit = limits.total

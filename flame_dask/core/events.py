@@ -42,6 +42,12 @@ class PoolOptionsView(NamedTuple):
     shutdown_timeout: float | None = 30.0
     idle_shutdown_after: float | None = 30.0
     min_idle_shutdown_after: float | None = None
+    single_use: bool = False
+    """A runner takes no further call once the work of one has ended on it (D5)."""
+    idle_check: bool = False
+    """A runner whose idle time is over is asked first whether it may go (D2)."""
+    grace: float = 1.5
+    """Within this time after a ``Terminate`` the work has to be gone (E3)."""
 
 
 class Open(NamedTuple):
@@ -64,12 +70,29 @@ class CallSubmitted(NamedTuple):
     call: str
     limits: Limits = Limits()
     priority: int = 0
+    retries: int = 0
+    """How often it may be started anew after its work was lost (F1)."""
 
 
 class CallEnded(NamedTuple):
     """The work of a call is over on its runner, and its slot is free."""
 
     call: str
+    how: str = ""
+    """By which rung of the ladder, if it was terminated (E3): words such as "SIGKILL to its
+    processes"."""
+
+
+class CallLost(NamedTuple):
+    """The work of a call is gone though its runner lives, and its slot is free.
+
+    Its own process has died, or its result can no longer be fetched.
+    """
+
+    call: str
+    cause: str
+    exit_code: int | None = None
+    signal: int | None = None
 
 
 class CallReleased(NamedTuple):
@@ -100,11 +123,29 @@ class RunnerLost(NamedTuple):
     signal: int | None = None
 
 
+class RunnerLeaving(NamedTuple):
+    """Somebody else has told a runner to go: SIGTERM, a spot notice (E5)."""
+
+    runner: str
+    reason: str
+
+
+class IdleAnswer(NamedTuple):
+    """What an idle check has said (D2)."""
+
+    runner: str
+    number: int
+    """That of the ``AskIdle`` which this answers."""
+    go: bool
+
+
 class RunnerStopped(NamedTuple):
     """The backend confirms: nothing of this runner is left."""
 
     runner: str
     log_tail: tuple[str, ...] = ()
+    cause: str = ""
+    """How its process ended, in words, where that is known."""
 
 
 class Tick(NamedTuple):
@@ -117,10 +158,13 @@ Event = (
     | Close
     | CallSubmitted
     | CallEnded
+    | CallLost
     | CallReleased
     | RunnerReady
     | BootFailed
     | RunnerLost
+    | RunnerLeaving
+    | IdleAnswer
     | RunnerStopped
     | Tick
 )

@@ -58,7 +58,7 @@ class MinGroup:
 
 
 class IdleClocks:
-    """Since when runners have had no lease, and whose time is over (D1).
+    """Since when runners have had no lease, whose time is over (D1), and who is asked (D2).
 
     Parameters
     ----------
@@ -68,15 +68,18 @@ class IdleClocks:
     Attributes
     ----------
     over
-        The runners of each kind whose time is over, the youngest first.
+        The runners of each kind whose time is over and who are not asked, the youngest first.
+    asked
+        The runners that have been asked whether they may go, and the numbers of the questions.
     """
 
-    __slots__ = ("_due", "_span", "over")
+    __slots__ = ("_due", "_span", "asked", "over")
 
     def __init__(self, alarm: Alarm) -> None:
         self._span: dict[Kind, float | None] = {"min": None, "elastic": None}
         self._due: Deadlines[Runner] = Deadlines(alarm)
         self.over: dict[Kind, Ranked[Runner]] = {"elastic": Ranked(), "min": Ranked()}
+        self.asked: dict[Runner, int] = {}
 
     def spans(self, elastic: float | None, of_min: float | None) -> None:
         """Set for how long runners of each kind may be idle, in seconds; ``None`` is for ever."""
@@ -85,7 +88,7 @@ class IdleClocks:
 
     def start(self, now: float, runner: Runner) -> None:
         """Note that a runner has no lease from now on."""
-        runner.idle_since = now
+        runner.idle_since = runner.idle_clock = now
         span = self._span[runner.kind]
         if span is not None:
             self._due.set(runner, now + span)
@@ -96,20 +99,51 @@ class IdleClocks:
             runner.idle_since = None
             self._due.discard(runner)
             self.over[runner.kind].discard(runner)
+            if self.asked:
+                self.asked.pop(runner, None)
 
     def reset(self, runner: Runner) -> None:
         """Set the clock of a runner anew: its kind has changed, or the options."""
+        if runner.idle_since is not None:
+            self._wind(runner.idle_clock, runner)
+
+    def _wind(self, at: float, runner: Runner) -> None:
+        """Let the clock of an idle runner count from ``at`` on; it has been idle for longer."""
+        self._due.discard(runner)
+        for over in self.over.values():
+            over.discard(runner)
         since = runner.idle_since
-        if since is not None:
+        self.start(at, runner)
+        runner.idle_since = since
+
+    def ask(self, runner: Runner, number: int) -> None:
+        """Note that a runner whose time is over is asked whether it may go."""
+        self.over[runner.kind].discard(runner)
+        self.asked[runner] = number
+
+    def answered(self, now: float, runner: Runner, number: int, go: bool) -> bool:
+        """Take in an answer, and say whether the runner may go.
+
+        An answer is too late if there has been a lease since the question. And the time of a runner
+        that was asked may no longer be over: its kind has changed, or the options.
+        """
+        if self.asked.get(runner) != number:
+            return False
+        del self.asked[runner]
+        span = self._span[runner.kind]
+        if not go:
+            self._wind(now, runner)
+        elif span is not None and now >= runner.idle_clock + span:
             self._due.discard(runner)
-            for over in self.over.values():
-                over.discard(runner)
-            self.start(since, runner)
+            self.over[runner.kind].set(runner, -runner.no)
+            return True
+        return False
 
     def ring(self, now: float) -> None:
         """Take note of those whose time is over."""
         while (runner := self._due.pop_due(now)) is not None:
-            self.over[runner.kind].set(runner, -runner.no)
+            if runner not in self.asked:  # nobody is asked twice at the same time
+                self.over[runner.kind].set(runner, -runner.no)
 
     def next(self) -> float:
         """Return when the next clock rings, ``NEVER`` if none does."""
@@ -129,6 +163,7 @@ class Fleet:
 
     __slots__ = (
         "_alarm",
+        "_asks",
         "_fall",
         "_group",
         "_idle",
@@ -153,6 +188,7 @@ class Fleet:
         self._window = DemandWindow(None)
         self._peak = 0
         self._fall = NEVER
+        self._asks = 0
         self._set_spans(options)
 
     def configure(self, old: PoolOptionsView, new: PoolOptionsView) -> None:
@@ -166,6 +202,8 @@ class Fleet:
             self._group.size = new.min
             self._group.rested = 0
             self._fit()
+        if not new.idle_check:
+            self._idle.asked.clear()
         for runner in self.ready.values():
             self._idle.reset(runner)
 
@@ -231,6 +269,7 @@ class Fleet:
         """Free the slot of a call."""
         self.leases -= 1
         del runner.leases[call]
+        runner.used = True
         self._placement.touch(runner)
         if not runner.leases:
             self._idle.start(now, runner)
@@ -242,10 +281,10 @@ class Fleet:
         self._fall = NEVER
         self._idle.ring(now)
 
-    def dismiss(self, needed: int, buffer: int) -> Runner | None:
-        """Choose one runner that has to go because of its idle time, ``None`` if there is no more.
+    def overdue(self, needed: int, buffer: int) -> Runner | None:
+        """Choose one runner whose idle time is over and who is not needed, ``None`` if none is.
 
-        Whoever is chosen is to leave at once; a member of the min group counts as resting then.
+        Whoever is chosen is to be dismissed or asked at once.
 
         Parameters
         ----------
@@ -257,22 +296,45 @@ class Fleet:
         over = self._idle.over
         if not over["elastic"] and not over["min"]:
             return None
+        for kind, runners in over.items():
+            runner = runners.first()
+            if runner is None:
+                continue
+            if self.spares(kind, needed, buffer):
+                return runner
+            if len(self.ready) > max(needed, self._floor_for(kind)):
+                self._fall = self._window.next_fall()
+                self._alarm.at = min(self._alarm.at, self._fall)
+        return None
+
+    def spares(self, kind: Kind, needed: int, buffer: int) -> bool:
+        """Say whether there is one runner of a kind more than has been needed of late."""
         # A buffer is idle although it is needed. It stays as long as it has been needed of late, or
         # else each dip of the demand would stop a runner that the next call boots again. Without a
         # buffer, a runner that nobody used was not needed either.
         recent = max(needed, self._peak if buffer else 0)
-        ready = len(self.ready)
-        for kind, runners in over.items():
-            runner = runners.first()
-            # The min group is no reason to keep a member of it whose own time is over (D1).
-            floor = self.floor if kind == "elastic" else 0
-            if runner is not None and ready > max(recent, floor):
-                self._group.rested += kind == "min"
-                return runner
-            if runner is not None and ready > max(needed, floor):
-                self._fall = self._window.next_fall()
-                self._alarm.at = min(self._alarm.at, self._fall)
-        return None
+        return len(self.ready) > max(recent, self._floor_for(kind))
+
+    def _floor_for(self, kind: Kind) -> int:
+        # The min group is no reason to keep a member of it whose own time is over (D1).
+        return self.floor if kind == "elastic" else 0
+
+    def dismiss(self, runner: Runner) -> None:
+        """Note that a runner is to leave at once because of its idle time.
+
+        If it is a member of the min group, it counts as resting.
+        """
+        self._group.rested += runner.kind == "min"
+
+    def ask(self, runner: Runner) -> int:
+        """Note that a runner is asked whether it may go; return the number of the question."""
+        self._asks += 1
+        self._idle.ask(runner, self._asks)
+        return self._asks
+
+    def answered(self, now: float, runner: Runner, number: int, go: bool) -> bool:
+        """Take in the answer of a runner, and say whether it may go."""
+        return self._idle.answered(now, runner, number, go)
 
     def next(self) -> float:
         """Return when somebody may have been idle for too long, ``NEVER`` if nobody may."""

@@ -27,6 +27,16 @@ class Stop(NamedTuple):
 
     runner: str
     reason: str
+    force: bool = False
+    """Do not wait for it: there may be work on it that can't be ended."""
+
+
+class AskIdle(NamedTuple):
+    """Ask a runner whose idle time is over whether it may go (D2); it may get calls meanwhile."""
+
+    runner: str
+    number: int
+    """Unique; the answer carries it."""
 
 
 class Start(NamedTuple):
@@ -62,8 +72,17 @@ class Refused(NamedTuple):
     call: str
 
 
+class Requeued(NamedTuple):
+    """A call whose work was lost waits for a slot again; its caller hears nothing (F1)."""
+
+    call: str
+
+
 class Lost(NamedTuple):
-    """A call fails because its runner is gone (F2)."""
+    """A call fails because its runner is gone, or its own process (F2).
+
+    ``cause`` is ``preempted`` if the runner was leaving (E5), or was taken from the call.
+    """
 
     call: str
     runner: str
@@ -100,10 +119,12 @@ Instruction = (
     Boot
     | Drain
     | Stop
+    | AskIdle
     | Start
     | Terminate
     | Expired
     | Refused
+    | Requeued
     | Lost
     | OpenDone
     | OpenFailed

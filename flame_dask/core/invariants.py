@@ -31,7 +31,10 @@ def check(state: PoolState) -> None:
     """
     wrong = [
         problem
-        for look in (_runners, _calls, _counts, _policy, _work, _growth, _idleness, _deadlines)
+        for look in (
+            *(_runners, _leaving, _calls, _counts, _policy),
+            *(_work, _growth, _idleness, _asking, _deadlines),
+        )
         for problem in look(state)
     ]
     if wrong:
@@ -64,6 +67,24 @@ def _runners(state: PoolState) -> Iterator[str]:
                 yield f"{ident} has a lease of {call_id}, which knows nothing of it"
 
 
+def _leaving(state: PoolState) -> Iterator[str]:
+    """E3, E5, D5: who may not take calls any more, and until when those that go may take."""
+    for ident, runner in state.runners.items():
+        leases = {call for call in runner.leases if call in state.calls}
+        stuck = {call for call in leases if state.calls[call].state == "stuck"}
+        if runner.stuck != stuck:
+            yield f"E3: {stuck} of {ident} are stuck, {runner.stuck} by the books"
+        if runner.state == "draining" and runner.leases and len(stuck) == len(runner.leases):
+            yield f"E3: {ident} waits for nothing but stuck calls"
+        if runner.state == "ready" and (stuck or runner.leaving):
+            yield f"E3, E5: {ident} is ready, leaving: {runner.leaving}, stuck: {stuck}"
+        if runner.state == "ready" and runner.used and state.options.single_use:
+            yield f"D5: {ident} is ready, and the work of a call has ended on it"
+    for runner in state._evictions:
+        if runner.state != "draining" or not (runner.leaving or runner.stuck):
+            yield f"E3, E5: {runner.id} is to be evicted for no reason"
+
+
 def _calls(state: PoolState) -> Iterator[str]:
     for ident, call in state.calls.items():
         if ident != call.id:
@@ -83,10 +104,12 @@ def _calls(state: PoolState) -> Iterator[str]:
         if ident not in state.calls:
             yield f"{ident} waits and is over"
     counters = state.counters
-    unanswered = sum(1 for call in state.calls.values() if call.state != "ending")
+    unanswered = sum(1 for call in state.calls.values() if not call.answered)
     answers = sum(counters[name] for name in ("ended", "expired", "released", "refused", "lost"))
     if counters["submitted"] != unanswered + answers:
         yield f"F3: {unanswered} calls wait for an answer, counted: {counters}"
+    if counters["started"] + len(state.queue) > counters["submitted"] + counters["retried"]:
+        yield f"F1: {len(state.queue)} calls wait, so too many were started: {counters}"
 
 
 def _counts(state: PoolState) -> Iterator[str]:
@@ -182,10 +205,25 @@ def _idleness(state: PoolState) -> Iterator[str]:
     for runner in ready:
         of_min = runner.kind == "min"
         span = options.min_idle_shutdown_after if of_min else options.idle_shutdown_after
-        if span is None or runner.idle_since is None or state._now < runner.idle_since + span:
+        if span is None or runner.idle_since is None or state._now < runner.idle_clock + span:
+            continue
+        if runner in fleet._idle.asked:
             continue
         if len(ready) > max(recent, 0 if of_min else fleet.floor):
             yield f"D1: {runner.id} is idle since {runner.idle_since}, now is {state._now}"
+
+
+def _asking(state: PoolState) -> Iterator[str]:
+    """D2: who is asked whether it may go."""
+    idle = state._fleet._idle
+    for runner in state.runners.values():
+        if runner.idle_since is not None and runner.idle_clock < runner.idle_since:
+            yield f"D2: the idle clock of {runner.id} was set before it fell idle"
+    for runner in idle.asked:
+        if not state.options.idle_check or runner.idle_since is None:
+            yield f"D2: {runner.id} is asked, is {runner.state}, idle since {runner.idle_since}"
+        if any(runner in over for over in idle.over.values()):
+            yield f"D2: {runner.id} is asked and could be asked again"
 
 
 def _deadlines(state: PoolState) -> Iterator[str]:
@@ -193,8 +231,8 @@ def _deadlines(state: PoolState) -> Iterator[str]:
     book, boots, fleet = state._book._due, state._boots, state._fleet
     dues = [*book.entries().values(), *boots._limits.entries().values()]
     dues += [*boots._cooling.entries().values(), *fleet._idle._due.entries().values()]
-    dues += state._close_due.entries().values()
-    if dues and state._alarm.at > min(dues):
+    dues += [*state._evictions.entries().values(), state._close_at]
+    if state._alarm.at > min(dues):
         yield f"the alarm is at {state._alarm.at}, {min(dues)} is due"
     if state._alarm.at < state._now:
         yield f"now is {state._now}, the alarm at {state._alarm.at} rings with each event"
@@ -202,13 +240,14 @@ def _deadlines(state: PoolState) -> Iterator[str]:
         yield f"now is {state._now}, {min(dues)} was due"
     for ident, due in book.entries().items():
         call = state.calls.get(ident)
-        if call is None or call.state == "ending":
+        if call is None or call.state == "stuck":
             yield f"E1: {ident} has a deadline and needs none"
-        elif due != _limit_of(state, ident):
+        elif call.state != "ending" and due != _limit_of(state, ident):
             yield f"E1: {ident} is due at {due}, not at {_limit_of(state, ident)}"
     for ident, call in state.calls.items():
-        due_too = call.state != "ending" and _limit_of(state, ident) is not None
-        if due_too and ident not in book:
+        if call.state == "ending" and ident not in book:
+            yield f"E3: {ident} has a grace and no deadline"
+        if not call.answered and _limit_of(state, ident) is not None and ident not in book:
             yield f"E1: {ident} has a limit and no deadline"
     booting = {runner.id for runner in _in(state, "booting")}
     for ident in boots._limits:
@@ -225,5 +264,5 @@ def _limit_of(state: PoolState, ident: str) -> float | None:
     if limits.total is not None:
         return call.submitted + limits.total
     limit = limits.queue if call.state == "waiting" else limits.run
-    since = call.submitted if call.state == "waiting" else call.started
+    since = call.since if call.state == "waiting" else call.started
     return None if limit is None else since + limit

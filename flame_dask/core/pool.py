@@ -13,7 +13,8 @@ Who counts for what:
 
 Who does what: :class:`~flame_dask.core.fleet.Fleet` knows the ready runners and the idle ones among
 them, :class:`~flame_dask.core.boots.BootLedger` the boots,
-:class:`~flame_dask.core.calls.CallBook` the calls, and the pool what each means for the others.
+:class:`~flame_dask.core.calls.CallBook` the calls, :class:`~flame_dask.core.leaving.Evictions`
+until when a runner may drain, and the pool what each means for the others.
 """
 
 from __future__ import annotations
@@ -31,25 +32,10 @@ from flame_dask.core.calls import CallBook
 from flame_dask.core.events import BootProblem, Event, PoolOptionsView
 from flame_dask.core.fleet import Fleet
 from flame_dask.core.instructions import Instruction
-from flame_dask.core.records import Call, Decision, Runner, RunnerInfo, Snapshot
+from flame_dask.core.leaving import Evictions
+from flame_dask.core.records import COUNTERS, Call, Decision, Runner, RunnerInfo, Snapshot
 from flame_dask.core.transitions import Story
-from flame_dask.core.waiting import NEVER, Alarm, Deadlines
-
-__all__ = ["COUNTERS", "PoolState"]
-
-COUNTERS: Final = (
-    "submitted",
-    "started",
-    "ended",
-    "expired",
-    "released",
-    "refused",
-    "lost",
-    "boots",
-    "boot_failures",
-    "runners_lost",
-    "runners_stopped",
-)
+from flame_dask.core.waiting import NEVER, Alarm
 
 
 class PoolState:
@@ -104,7 +90,8 @@ class PoolState:
         self._book = CallBook(self._alarm, self.story, self._boots)
         self.calls = self._book.calls
         self.queue = self._book.queue
-        self._close_due: Deadlines[str] = Deadlines(self._alarm)
+        self._evictions = Evictions(self._alarm)
+        self._close_at = NEVER
         self._decisions: deque[Decision] = deque(maxlen=1000)
         self._out: list[Instruction] = []
         self._no = 0
@@ -154,16 +141,7 @@ class PoolState:
         """Return the pool at this instant, in seconds of the events' clock (C10)."""
         needed = self._needed()
         return Snapshot(
-            runners=tuple(
-                RunnerInfo(
-                    r.id,
-                    r.state,
-                    len(r.leases),
-                    r.kind,
-                    0.0 if r.idle_since is None else max(0.0, now - r.idle_since),
-                )
-                for r in self.runners.values()
-            ),
+            runners=tuple(RunnerInfo.of(runner, now) for runner in self.runners.values()),
             leases=sum(len(r.leases) for r in self.runners.values()),
             waiters=len(self.queue),
             booting=self._boots.under_way,
@@ -190,6 +168,8 @@ class PoolState:
         self.ceiling = max(len(self.runners), new.max)
         leases = max((len(runner.leases) for runner in self.runners.values()), default=0)
         self.most_leases = max(leases, new.max_concurrency)
+        for runner in [r for r in self._fleet.ready.values() if new.single_use and r.used]:
+            self._drain(now, runner, "single use")
         # Runners that are leaving already are no surplus.
         surplus = len(self._fleet.ready) + self._boots.under_way - new.max
         if surplus <= 0 or self.closing:
@@ -218,7 +198,8 @@ class PoolState:
             elif runner.state == "ready":
                 self._drain(now, runner, "the pool closes")
         if self.options.shutdown_timeout is not None:
-            self._close_due.set("close", now + self.options.shutdown_timeout)
+            self._close_at = now + self.options.shutdown_timeout
+            self._alarm.at = min(self._alarm.at, self._close_at)
 
     def _shut_down(self, now: float) -> None:
         """End what has not ended within ``shutdown_timeout`` (A6)."""
@@ -230,7 +211,7 @@ class PoolState:
                         self._refuse(now, call)
                     else:  # its caller has been answered
                         self._end(now, call, "pool closes")
-                self._stop(now, runner, "pool closes", "shutdown_timeout is over")
+                self._stop(now, runner, "pool closes", "shutdown_timeout is over", force=True)
 
     def _refuse(self, now: float, call: Call) -> None:
         self._end(now, call, "pool closes")
@@ -248,6 +229,10 @@ class PoolState:
             return
         call = self._book.add(now, event)
         self.counters["submitted"] += 1
+        self._admit(now, call)
+
+    def _admit(self, now: float, call: Call) -> None:
+        """Give a call a slot, or let it wait for one."""
         if not self.queue:
             # The short way: a free slot and nobody before it.
             self._fleet.aim(now, self._needed(1))
@@ -267,16 +252,66 @@ class PoolState:
     def _on_ended(self, now: float, event: ev.CallEnded) -> None:
         call = self.calls.get(event.call)
         if call is not None:
-            answered = call.state == "ending"
+            answered = call.state != "running"
             self._end(now, call, "done")
             self.counters["ended"] += not answered  # each call is counted once
+            if event.how:
+                self._decide(now, "retire", f"call {call.id} ended by {event.how}")
             runner = call.runner
-            if runner is not None and runner.state == "draining" and not runner.leases:
-                self._stop(now, runner, "drained", "drained")
+            if self.options.single_use or (runner and runner.state == "draining"):
+                self._work_over(now, runner)
+
+    def _on_call_lost(self, now: float, event: ev.CallLost) -> None:
+        call = self.calls.get(event.call)
+        if call is not None:
+            runner = call.runner
+            again = self._lose(now, call, "work lost", event)
+            self._work_over(now, runner)
+            self._readmit(now, again)
+
+    def _work_over(self, now: float, runner: Runner | None) -> None:
+        """See what it means for a runner that the work of one of its calls is over."""
+        assert runner is not None, "a call that has work has a runner"
+        if runner.state == "draining":
+            self._go_if_done(now, runner)
+        elif self.options.single_use:
+            self._drain(now, runner, "single use")
+
+    def _lose(
+        self, now: float, call: Call, step: str, loss: ev.CallLost | ev.RunnerLost
+    ) -> list[Call]:
+        """Take note that the work of a call is gone; return the call if it is to run again (F1)."""
+        runner = call.runner
+        if runner is None or call.answered:
+            self._end(now, call, step)
+        elif call.retries and not self.closing:
+            self._free(now, call)
+            self._book.requeue(now, call)
+            self.counters["retried"] += 1
+            self._out.append(do.Requeued(call.id))
+            return [call]
+        else:
+            self._end(now, call, step)
+            self.counters["lost"] += 1
+            cause = "preempted" if runner.leaving else loss.cause
+            self._out.append(do.Lost(call.id, runner.id, cause, loss.exit_code, loss.signal))
+        return []
+
+    def _lose_all(self, now: float, runner: Runner, step: str, loss: ev.RunnerLost) -> list[Call]:
+        calls = [self.calls[call_id] for call_id in runner.leases]
+        return [again for call in calls for again in self._lose(now, call, step, loss)]
+
+    def _readmit(self, now: float, calls: list[Call]) -> None:
+        # Not before their runner has been struck off: it could be picked.
+        for call in sorted(calls, key=lambda call: -call.priority):
+            if self._book.overdue(now, call):
+                self._book.wait(call)  # settling tells its caller
+            else:
+                self._admit(now, call)
 
     def _on_released(self, now: float, event: ev.CallReleased) -> None:
         call = self.calls.get(event.call)
-        if call is None or call.state == "ending":
+        if call is None or call.answered:
             return
         self.counters["released"] += 1
         if call.state == "waiting":
@@ -295,12 +330,28 @@ class PoolState:
             self._decide(now, "refuse", f"no slot within {news.limit:g} s ({news.phase})")
 
     def _terminate(self, now: float, call: Call, event: str, reason: str) -> None:
-        self._book.answer(now, call, event)
+        self._book.answer(now, call, event, self.options.grace)
         assert call.runner is not None, "a running call has a runner"
         self._out.append(do.Terminate(call.id, call.runner.id, reason))
 
+    def _stick(self, now: float, call: Call) -> None:
+        """Give up on a runner with work that has not gone within the grace (E3)."""
+        self._book.stick(now, call)
+        runner = call.runner
+        assert runner is not None, "a call that has work has a runner"
+        reason = f"call {call.id} can't be ended"
+        if runner.state == "ready":
+            self._drain(now, runner, reason)
+        else:
+            self._decide(now, "retire", f"{runner.id}: {reason}")
+        self._evictions.stick(now, runner, call.id, self.options.shutdown_timeout)
+        self._go_if_done(now, runner)
+
     def _end(self, now: float, call: Call, event: str) -> None:
         self._book.end(now, call, event)
+        self._free(now, call)
+
+    def _free(self, now: float, call: Call) -> None:
         runner = call.runner
         if runner is None:
             return
@@ -308,6 +359,7 @@ class PoolState:
             self._fleet.give_back(now, runner, call.id)
         else:
             del runner.leases[call.id]
+            self._evictions.free(runner, call.id)
 
     # -- runners -------------------------------------------------------------------------------
 
@@ -378,20 +430,42 @@ class PoolState:
         if runner is None or runner.state == "stopping":
             return
         booting = runner.state == "booting"
-        for call_id in list(runner.leases):
-            call = self.calls[call_id]
-            answered = call.state == "ending"
-            self._end(now, call, "runner lost")
-            if not answered:
-                self.counters["lost"] += 1
-                self._out.append(
-                    do.Lost(call_id, runner.id, event.cause, event.exit_code, event.signal)
-                )
-        self._stop(now, runner, "lost", f"lost: {event.cause}")
+        runner.lost = True
+        again = self._lose_all(now, runner, "runner lost", event)
+        cause = "preempted" if runner.leaving else event.cause
+        self._stop(now, runner, "lost", f"lost: {cause}")
         self.counters["runners_lost"] += 1
+        self._readmit(now, again)
         if booting:
-            cause = f"the worker went away while booting ({event.cause})"
+            cause = f"the worker went away while booting ({cause})"
             self._boot_problem(now, runner, BootProblem("setup", cause))
+
+    def _on_leaving(self, now: float, event: ev.RunnerLeaving) -> None:
+        runner = self.runners.get(event.runner)
+        if runner is None or runner.state == "stopping" or runner.leaving:
+            return
+        if runner.state == "booting":  # it will not get ready
+            self._on_lost(now, ev.RunnerLost(runner.id, event.reason))
+            return
+        runner.leaving = True
+        self._evictions.limit(now, runner, self.options.shutdown_timeout)
+        if runner.state == "ready":
+            self._drain(now, runner, event.reason)
+
+    def _on_idle_answer(self, now: float, event: ev.IdleAnswer) -> None:
+        runner = self.runners.get(event.runner)
+        if runner is None or not self._fleet.answered(now, runner, event.number, event.go):
+            return
+        needed = self._needed()
+        self._fleet.aim(now, needed)
+        # It may be needed by now. Then it is asked again as soon as it is not.
+        if not self.opening and self._fleet.spares(runner.kind, needed, self.options.buffer):
+            self._dismiss(now, runner)
+
+    def _dismiss(self, now: float, runner: Runner) -> None:
+        assert runner.idle_since is not None, "only an idle runner is dismissed"
+        self._fleet.dismiss(runner)
+        self._drain(now, runner, f"idle for {round(now - runner.idle_since, 1):g} s")
 
     def _drain(self, now: float, runner: Runner, reason: str) -> None:
         self._out.append(do.Drain(runner.id, reason))
@@ -402,23 +476,42 @@ class PoolState:
         if not runner.leases:
             self._stop(now, runner, "drained", reason)
 
-    def _stop(self, now: float, runner: Runner, event: str, reason: str) -> None:
+    def _go_if_done(self, now: float, runner: Runner) -> None:
+        """Stop a draining runner that has nothing to wait for."""
+        if not runner.leases:
+            self._stop(now, runner, "drained", "drained")
+        elif self._evictions.hopeless(runner):
+            self._evict(now, runner, "only calls that can't be ended are left")
+
+    def _evict(self, now: float, runner: Runner, reason: str) -> None:
+        """Stop a draining runner, whatever is left on it (E3, E5)."""
+        again = self._lose_all(now, runner, "runner evicted", ev.RunnerLost("", "preempted"))
+        self._stop(now, runner, "evicted", reason, force=True)
+        self._readmit(now, again)
+
+    def _stop(
+        self, now: float, runner: Runner, event: str, reason: str, *, force: bool = False
+    ) -> None:
         before = runner.state
         runner.state = self.story.runner(now, runner.id, before, event)
         if before == "ready":
             self._fleet.leave(runner)
         elif before == "booting":
             self._boots.over(runner)
+        else:
+            self._evictions.discard(runner)
         if event == "not needed":
             self._boot_abandoned(runner, reason, BootProblem("cancelled", reason))
         elif event != "drained":
             self._decide(now, "retire", f"{runner.id}: {reason}")
-        self._out.append(do.Stop(runner.id, reason))
+        self._out.append(do.Stop(runner.id, reason, force))
 
     def _on_stopped(self, now: float, event: ev.RunnerStopped) -> None:
         runner = self.runners.get(event.runner)
         if runner is not None:
             self._gone(now, runner, "stopped", event.log_tail)
+            if event.cause and runner.lost:
+                self._decide(now, "retire", f"{runner.id}: {event.cause}")
 
     def _gone(self, now: float, runner: Runner, event: str, log_tail: tuple[str, ...]) -> None:
         runner.state = self.story.runner(now, runner.id, runner.state, event)
@@ -436,7 +529,7 @@ class PoolState:
         if self.closing:
             if not self.runners and not self._closed:
                 self._closed = True
-                self._close_due.discard("close")
+                self._close_at = NEVER
                 self._out.append(do.CloseDone())
             return
         fleet, options = self._fleet, self.options
@@ -455,9 +548,11 @@ class PoolState:
                 return
             self.opening = False
             self._out.append(do.OpenDone())
-        while (idle := fleet.dismiss(needed, options.buffer)) is not None:
-            assert idle.idle_since is not None
-            self._drain(now, idle, f"idle for {round(now - idle.idle_since, 1):g} s")
+        while (idle := fleet.overdue(needed, options.buffer)) is not None:
+            if options.idle_check:
+                self._out.append(do.AskIdle(idle.id, fleet.ask(idle)))
+            else:
+                self._dismiss(now, idle)
 
     def _grow(self, now: float, short: int) -> None:
         boots = self._boots
@@ -489,12 +584,16 @@ class PoolState:
 
     def _run_deadlines(self, now: float) -> None:
         while (call := self._book.pop_due(now)) is not None:
-            self._expire(now, call)
+            over = self._stick if call.state == "ending" else self._expire
+            over(now, call)
         while (runner_id := self._boots.pop_timed_out(now)) is not None:
             self._boot_timed_out(now, self.runners[runner_id])
         self._boots.cool(now)
         self._fleet.ring(now)
-        if self._close_due.pop_due(now) is not None:
+        while (runner := self._evictions.pop_due(now)) is not None:
+            self._evict(now, runner, "shutdown_timeout is over")
+        if now >= self._close_at:
+            self._close_at = NEVER
             self._shut_down(now)
         self._alarm.at = self._earliest()
 
@@ -511,7 +610,11 @@ class PoolState:
 
     def _earliest(self) -> float:
         return min(
-            self._book.next(), self._boots.next(), self._fleet.next(), self._close_due.next()
+            self._book.next(),
+            self._boots.next(),
+            self._fleet.next(),
+            self._evictions.next(),
+            self._close_at,
         )
 
     def _decide(self, now: float, action: str, reason: str) -> None:
@@ -534,10 +637,13 @@ _HANDLERS: Final[dict[type, Callable[[PoolState, float, Any], None]]] = {
     ev.Close: PoolState._on_close,
     ev.CallSubmitted: PoolState._on_submitted,
     ev.CallEnded: PoolState._on_ended,
+    ev.CallLost: PoolState._on_call_lost,
     ev.CallReleased: PoolState._on_released,
     ev.RunnerReady: PoolState._on_ready,
     ev.BootFailed: PoolState._on_boot_failed,
     ev.RunnerLost: PoolState._on_lost,
+    ev.RunnerLeaving: PoolState._on_leaving,
+    ev.IdleAnswer: PoolState._on_idle_answer,
     ev.RunnerStopped: PoolState._on_stopped,
     ev.Tick: PoolState._on_tick,
 }

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from flame_dask.core.events import BootProblem, Limits
 from flame_dask.core.transitions import CallState, RunnerState
 
 Kind = Literal["min", "elastic"]
 Group = Literal["favoured", "surplus"]
+
+#: What a pool counts (C10). Each call that is submitted is ``ended``, ``expired``, ``released``,
+#: ``refused`` or ``lost`` once; each start beyond the first of a call is ``retried``.
+COUNTERS: Final = (
+    "submitted",
+    "started",
+    "ended",
+    "expired",
+    "released",
+    "refused",
+    "lost",
+    "retried",
+    "boots",
+    "boot_failures",
+    "runners_lost",
+    "runners_stopped",
+)
 
 
 class Runner:
@@ -21,11 +38,16 @@ class Runner:
         "extra",
         "group",
         "id",
+        "idle_clock",
         "idle_since",
         "kind",
         "leases",
+        "leaving",
+        "lost",
         "no",
         "state",
+        "stuck",
+        "used",
     )
 
     def __init__(
@@ -43,7 +65,16 @@ class Runner:
         # Insertion-ordered, so that what happens to several calls happens in a known order.
         self.leases: dict[str, None] = {}
         self.idle_since: float | None = None
+        # When its idle clock was set: later than ``idle_since`` if an idle check kept it (D2).
+        self.idle_clock = 0.0
         self.group: Group = "surplus"
+        # The work of a call has ended on it (D5).
+        self.used = False
+        # Somebody else has told it to go (E5).
+        self.leaving = False
+        self.lost = False
+        # Those of its leases whose work can't be ended (E3).
+        self.stuck: set[str] = set()
 
 
 class Call:
@@ -51,32 +82,53 @@ class Call:
 
     __slots__ = (
         "booted",
+        "clock",
         "id",
         "limits",
         "priority",
         "problem",
         "queued",
+        "ran",
+        "retries",
         "runner",
+        "since",
         "started",
         "state",
         "submitted",
     )
 
     def __init__(
-        self, ident: str, limits: Limits, priority: int, now: float, booted: float
+        self,
+        ident: str,
+        limits: Limits,
+        priority: int,
+        retries: int,
+        now: float,
+        clock: float,
     ) -> None:
         self.id = ident
         self.limits = limits
         self.priority = priority
+        self.retries = retries
         self.state: CallState = "waiting"
         self.submitted = now
-        # The pool's boot clock when the call came, later the seconds of its wait spent on boots.
-        self.booted = booted
+        # Since when it waits, or waited before its latest start, and the pool's boot clock then.
+        self.since = now
+        self.clock = clock
+        # Seconds of all its waits that are over, how many of them were a boot's, and seconds of its
+        # runs that were lost.
         self.queued = 0.0
+        self.booted = 0.0
+        self.ran = 0.0
         self.started = 0.0
         self.runner: Runner | None = None
         # The boot that failed while it waited, once it has a slot (C6).
         self.problem: BootProblem | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether its caller has been answered, and only its work is left."""
+        return self.state in ("ending", "stuck")
 
 
 class Decision(NamedTuple):
@@ -99,6 +151,13 @@ class RunnerInfo(NamedTuple):
     kind: Kind
     idle: float
     """Seconds without a lease, 0 while it has one."""
+
+    @classmethod
+    def of(cls, runner: Runner, now: float) -> RunnerInfo:
+        """Describe a runner at this instant."""
+        since = runner.idle_since
+        idle = 0.0 if since is None else max(0.0, now - since)
+        return cls(runner.id, runner.state, len(runner.leases), runner.kind, idle)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Final, Literal
 
 RunnerState = Literal["booting", "ready", "draining", "stopping", "gone"]
-CallState = Literal["waiting", "running", "ending", "ended"]
+CallState = Literal["waiting", "running", "ending", "stuck", "ended"]
 
 #: A runner counts towards ``max`` in every state but ``gone`` (C1).
 RUNNER: Final[dict[tuple[RunnerState, str], RunnerState]] = {
@@ -23,12 +23,14 @@ RUNNER: Final[dict[tuple[RunnerState, str], RunnerState]] = {
     ("ready", "lost"): "stopping",
     ("draining", "drained"): "stopping",
     ("draining", "lost"): "stopping",
+    ("draining", "evicted"): "stopping",
     ("draining", "pool closes"): "stopping",
     ("stopping", "stopped"): "gone",
 }
 
-#: A call holds a lease while it is ``running`` or ``ending``. It is ``ending`` when its caller has
-#: been answered (deadline, cancelled) while the work on the runner is still there.
+#: A call holds a lease while it is ``running``, ``ending`` or ``stuck``. It is ``ending`` when its
+#: caller has been answered (deadline, cancelled) while the work on the runner is still there, and
+#: ``stuck`` when that work has not gone within the grace (E3).
 CALL: Final[dict[tuple[CallState, str], CallState]] = {
     ("waiting", "slot"): "running",
     ("waiting", "expired"): "ended",
@@ -39,9 +41,20 @@ CALL: Final[dict[tuple[CallState, str], CallState]] = {
     ("running", "released"): "ending",
     ("running", "pool closes"): "ended",
     ("running", "runner lost"): "ended",
+    ("running", "runner evicted"): "ended",
+    ("running", "work lost"): "ended",
+    ("running", "requeued"): "waiting",
+    ("ending", "stuck"): "stuck",
     ("ending", "done"): "ended",
     ("ending", "runner lost"): "ended",
+    ("ending", "runner evicted"): "ended",
+    ("ending", "work lost"): "ended",
     ("ending", "pool closes"): "ended",
+    ("stuck", "done"): "ended",
+    ("stuck", "runner lost"): "ended",
+    ("stuck", "runner evicted"): "ended",
+    ("stuck", "work lost"): "ended",
+    ("stuck", "pool closes"): "ended",
 }
 
 

@@ -37,6 +37,7 @@ _REFUSED = BootProblem("start", "refused", ("no space left",))
 
 _limit = st.none() | st.sampled_from([0.0, 0.5, 1.0, 3.0, 10.0, 40.0])
 _timeout = st.none() | st.sampled_from([0.0, 1.0, 5.0, 30.0])
+_seldom = st.sampled_from([False, False, True])
 _limits = st.builds(Limits, queue=_limit, run=_limit, total=_limit)
 
 
@@ -54,8 +55,14 @@ def options(draw: st.DrawFn) -> PoolOptionsView:
         shutdown_timeout=draw(_timeout),
         idle_shutdown_after=draw(_timeout),
         min_idle_shutdown_after=draw(_timeout),
+        single_use=draw(_seldom),
+        idle_check=draw(st.booleans()),
+        grace=draw(st.sampled_from([0.0, 0.5, 2.0])),
     )
 
+
+#: The states of a call that has work on a runner.
+_WORKING = ("running", "ending", "stuck")
 
 _Step = TypeVar("_Step", bound=Callable[..., None])
 
@@ -91,32 +98,73 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- calls ---------------------------------------------------------------------------------
 
-    @rule(limits=_limits, priority=st.integers(-1, 1), n=st.integers(1, 4))
-    def submit(self, limits: Limits, priority: int, n: int) -> None:
+    @rule(
+        limits=_limits,
+        priority=st.integers(-1, 1),
+        retries=st.sampled_from([0, 0, 1, 2]),
+        n=st.integers(1, 4),
+    )
+    def submit(self, limits: Limits, priority: int, retries: int, n: int) -> None:
         """Make some calls at once."""
         for _ in range(n):
             call = f"c{len(self.pool.calls) + 1}"
-            self.pool.tell(ev.CallSubmitted(call, limits, priority))
+            self.pool.tell(ev.CallSubmitted(call, limits, priority, retries))
 
-    @_has_call("waiting", "running", "ending")
+    @rule(n=st.integers(1, 6), retries=st.sampled_from([0, 1]), limits=_limits)
+    def be_busy(self, n: int, retries: int, limits: Limits) -> None:
+        """Make some calls, and let all boots be through, so that there is work to be lost."""
+        limits = limits._replace(run=None, total=None)
+        self.submit(limits=limits, priority=0, retries=retries, n=n)
+        self.ready(n=6)
+
+    @_has_call(*_WORKING)
+    @rule()
+    def rest(self) -> None:
+        """End all work, and come to the end of an idle time."""
+        self._end_all_work()
+        self.ring(late=0.0, times=2)
+
+    @_has_call("running")
+    @rule(data=st.data(), late=st.sampled_from([0.0, 0.25]))
+    def stick(self, data: st.DataObject, late: float) -> None:
+        """Let a caller go, and the grace pass."""
+        self.pool.tell(ev.CallReleased(self._call(data, "running")))
+        self.pool.now += self.pool.core.options.grace + late
+        self.pool.tell(ev.Tick())
+
+    @_has_call("waiting", *_WORKING)
     @rule(data=st.data())
     def submit_again(self, data: st.DataObject) -> None:
         """Submit a call that is there."""
         if not self.pool.core.closing:
-            call = self._call(data, "waiting", "running", "ending")
+            call = self._call(data, "waiting", *_WORKING)
             self.pool.refuses(ev.CallSubmitted(call))
 
-    @_has_call("running", "ending")
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
+    @_has_call(*_WORKING)
+    @rule(data=st.data(), how=st.sampled_from(["", "SIGKILL to its processes"]))
+    def end(self, data: st.DataObject, how: str) -> None:
         """End the work of a call."""
-        self.pool.tell(ev.CallEnded(self._call(data, "running", "ending")))
+        self.pool.tell(ev.CallEnded(self._call(data, *_WORKING), how))
+
+    @_has_call("ending", "stuck")
+    @rule(data=st.data())
+    def end_what_was_terminated(self, data: st.DataObject) -> None:
+        """End the work of an answered call, in time or not."""
+        self.pool.tell(ev.CallEnded(self._call(data, "ending", "stuck"), "an exception"))
+
+    @_has_call(*_WORKING)
+    @rule(data=st.data(), cause=st.sampled_from(["oom", "signal"]))
+    def lose_call(self, data: st.DataObject, cause: str) -> None:
+        """Let the work of one call be gone."""
+        self.pool.tell(ev.CallLost(self._call(data, *_WORKING), cause))
 
     @_has_call("waiting")
     @rule(data=st.data())
     def end_a_waiter(self, data: st.DataObject) -> None:
         """End the work of a call that has not started."""
-        self.pool.refuses(ev.CallEnded(self._call(data, "waiting")))
+        call = self._call(data, "waiting")
+        self.pool.refuses(ev.CallEnded(call))
+        self.pool.refuses(ev.CallLost(call, "oom"))
 
     @_has_call("waiting", "running")
     @rule(data=st.data())
@@ -141,11 +189,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.tell(ev.BootFailed(self._runner(data, "booting"), _REFUSED))
 
     @_has("booting", "ready", "draining")
-    @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), cause=st.sampled_from(["exited", "signal"]))
+    def lose(self, data: st.DataObject, cause: str) -> None:
         """Let a runner die."""
         runner = self._runner(data, "booting", "ready", "draining")
-        self.pool.tell(ev.RunnerLost(runner, "exited"))
+        self.pool.tell(ev.RunnerLost(runner, cause))
+
+    @precondition(lambda self: bool(self._stayers()))
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """Let somebody else tell a runner to go."""
+        runner = data.draw(st.sampled_from(self._stayers()))
+        self.pool.tell(ev.RunnerLeaving(runner, "SIGTERM"))
+
+    @precondition(lambda self: bool(self.pool.asks()))
+    @rule(data=st.data(), go=st.booleans())
+    def answer(self, data: st.DataObject, go: bool) -> None:
+        """Let an idle check say whether its runner may go."""
+        runner, number = data.draw(st.sampled_from(sorted(self.pool.asks().items())))
+        self.pool.tell(ev.IdleAnswer(runner, number, go))
 
     @_has("ready", "draining")
     @rule(data=st.data())
@@ -158,7 +220,7 @@ class PoolMachine(RuleBasedStateMachine):
     def stopped(self, data: st.DataObject, fails: bool) -> None:
         """Let nothing of a runner be left; the backend may call it a failed boot."""
         runner = self._runner(data, "stopping")
-        stopped = ev.RunnerStopped(runner, ("bye",))
+        stopped = ev.RunnerStopped(runner, ("bye",), "its process was ended by signal 9")
         self.pool.tell(ev.BootFailed(runner, _REFUSED) if fails else stopped)
 
     # -- what must not matter --------------------------------------------------------------------
@@ -167,17 +229,22 @@ class PoolMachine(RuleBasedStateMachine):
     def hear_old_news(self, data: st.DataObject) -> None:
         """Hear of those that are gone."""
         news: list[Event] = [ev.RunnerReady("nobody"), ev.CallEnded("nothing")]
+        news += [ev.IdleAnswer(runner, no, True) for runner, no in self.pool.old_asks[-3:]]
         for runner in self.pool.runners_in("gone")[-3:]:
             news += [ev.RunnerReady(runner), ev.RunnerStopped(runner)]
             news += [ev.RunnerLost(runner, "exited"), ev.BootFailed(runner, _REFUSED)]
+            news.append(ev.RunnerLeaving(runner, "SIGTERM"))
         for call in self.pool.calls_in("over")[-3:]:
-            news += [ev.CallEnded(call), ev.CallReleased(call)]
-        for call in self.pool.calls_in("ending"):
+            news += [ev.CallEnded(call), ev.CallReleased(call), ev.CallLost(call, "oom")]
+        for call in self.pool.calls_in("ending", "stuck"):
             news.append(ev.CallReleased(call))
         for runner in self.pool.runners_in("stopping"):
             news += [ev.RunnerLost(runner, "exited"), ev.RunnerReady(runner)]
+            news.append(ev.RunnerLeaving(runner, "SIGTERM"))
         for runner in self.pool.runners_in("draining"):
             news.append(ev.RunnerReady(runner))
+            if self.pool.runners[runner].leaving:
+                news.append(ev.RunnerLeaving(runner, "SIGTERM"))
         if self.pool.core.closing:
             news += [ev.Close(), ev.Open()]
         self.pool.ignores(data.draw(st.sampled_from(news)))
@@ -219,6 +286,11 @@ class PoolMachine(RuleBasedStateMachine):
                 {"idle_shutdown_after": 0.0},
                 {"idle_shutdown_after": 2.0, "min_idle_shutdown_after": 2.0},
                 {"boot_timeout": 1.0},
+                {"single_use": True},
+                {"single_use": False},
+                {"idle_check": True},
+                {"idle_check": False},
+                {"grace": 0.0, "shutdown_timeout": None},
             ]
         )
     )
@@ -303,16 +375,27 @@ class PoolMachine(RuleBasedStateMachine):
         for runner in self.pool.runners_in("booting"):
             if self.pool.runners[runner].state == "booting":
                 self.pool.tell(ev.RunnerReady(runner))
-        for call in self.pool.calls_in("running", "ending"):
-            if self.pool.calls[call].state != "over":
+        for runner, number in self.pool.asks().items():
+            self.pool.tell(ev.IdleAnswer(runner, number, True))
+        self._end_all_work()
+
+    def _end_all_work(self) -> None:
+        for call in self.pool.calls_in(*_WORKING):
+            # The end of the one before may have put an end to this one, or have made it wait.
+            if self.pool.calls[call].state in _WORKING:
                 self.pool.tell(ev.CallEnded(call))
 
     def _missing(self) -> list[str]:
         pool = self.pool
         missing = pool.runners_in("booting", "draining", "stopping")
-        missing += pool.calls_in("waiting", "running", "ending")
+        missing += pool.calls_in("waiting", *_WORKING)
         wanted = pool.core.snapshot(pool.now).wanted
         return missing + ["wanted"] * max(0, wanted - len(pool.runners_in("ready")))
+
+    def _stayers(self) -> list[str]:
+        """Return the runners that nobody else has told to go."""
+        runners = self.pool.runners_in("booting", "ready", "draining")
+        return [runner for runner in runners if not self.pool.runners[runner].leaving]
 
     def _runner(self, data: st.DataObject, *states: str) -> str:
         runner: str = data.draw(st.sampled_from(self.pool.runners_in(*states)))

@@ -31,7 +31,7 @@ class Script(Simulator):
 
     Parameters
     ----------
-    boots, stop, grace, lifetime, backoff, seed, name
+    boots, stop, ending, check, lifetime, backoff, seed, name
         As for :class:`Simulator`. By default a boot takes half a second, and a stop none.
     options
         The options of the pool that the core decides by, such as ``min``, ``max`` and
@@ -68,7 +68,8 @@ class Script(Simulator):
         *,
         boots: Boots = 0.5,
         stop: float | None = 0.0,
-        grace: float | None = 0.0,
+        ending: float | None = 0.0,
+        check: bool | Callable[[str], bool | None] | None = True,
         lifetime: Callable[[], float | None] | None = None,
         backoff: Backoff = Backoff(),  # noqa: B008  # immutable
         seed: int | None = 0,
@@ -79,7 +80,8 @@ class Script(Simulator):
             PoolOptionsView(**options),
             boots=boots,
             stop=stop,
-            grace=grace,
+            ending=ending,
+            check=check,
             lifetime=lifetime,
             backoff=backoff,
             seed=seed,
@@ -107,7 +109,7 @@ class Script(Simulator):
         """
         if isinstance(event, ev.CallEnded | ev.CallReleased):
             call = self.core.calls.get(event.call)
-            if call is not None and call.state != "ending":
+            if call is not None and not call.answered:
                 ended = isinstance(event, ev.CallEnded)
                 self._answer(event.call, "ended" if ended else "released")
         instructions = super().tell(event)
@@ -147,6 +149,7 @@ class Script(Simulator):
         queue: float | None = None,
         run: float | None = None,
         total: float | None = None,
+        retries: int = 0,
     ) -> str:
         """Make a call.
 
@@ -158,17 +161,19 @@ class Script(Simulator):
             Waiting calls of a higher one are served earlier.
         queue, run, total
             Its limits in seconds: see :class:`~flame_dask.core.events.Limits`.
+        retries
+            How often it may be started anew after its work was lost.
 
         Returns
         -------
         str
             Its id: ``call-1`` is the first.
         """
-        return self.arrive(Arrival(self.now, work, Limits(queue, run, total), priority))
+        return self.arrive(Arrival(self.now, work, Limits(queue, run, total), priority, retries))
 
-    def end(self, call: str) -> Script:
+    def end(self, call: str, how: str = "") -> Script:
         """Let the work of a call be over."""
-        self.tell(ev.CallEnded(call))
+        self.tell(ev.CallEnded(call, how))
         return self
 
     def release(self, call: str) -> Script:
@@ -179,6 +184,21 @@ class Script(Simulator):
     def lose(self, runner: str, cause: str = "exited") -> Script:
         """Let a runner die."""
         self.tell(ev.RunnerLost(runner, cause))
+        return self
+
+    def lose_call(self, call: str, cause: str = "exited") -> Script:
+        """Let the work of one call be gone."""
+        self.tell(ev.CallLost(call, cause))
+        return self
+
+    def leave(self, runner: str, reason: str = "SIGTERM") -> Script:
+        """Let somebody else tell a runner to go."""
+        self.tell(ev.RunnerLeaving(runner, reason))
+        return self
+
+    def answer_idle(self, ask: do.AskIdle, go: bool) -> Script:
+        """Let an idle check come to its end."""
+        self.tell(ev.IdleAnswer(ask.runner, ask.number, go))
         return self
 
     def run_for(self, seconds: float) -> Script:

@@ -61,6 +61,7 @@ class Arrival(NamedTuple):
     """For how many seconds it runs; ``None`` is until it is told to end."""
     limits: Limits = Limits()
     priority: int = 0
+    retries: int = 0
 
 
 class Simulator:
@@ -75,8 +76,10 @@ class Simulator:
     stop
         Seconds from the order to stop a runner until nothing of it is left; ``None`` is until
         :meth:`tell` is given its ``RunnerStopped``.
-    grace
+    ending
         Seconds from the order to terminate a call until its slot is free; ``None`` is never.
+    check
+        What idle checks say, for all runners or by their ids; ``None`` is no answer.
     lifetime
         Returns for each runner that gets ready after how many seconds it dies; ``None`` is never.
     backoff, seed, name
@@ -106,7 +109,8 @@ class Simulator:
         *,
         boots: Boots = 0.5,
         stop: float | None = 0.0,
-        grace: float | None = 0.0,
+        ending: float | None = 0.0,
+        check: bool | Callable[[str], bool | None] | None = True,
         lifetime: Callable[[], float | None] | None = None,
         backoff: Backoff = Backoff(),  # noqa: B008  # immutable
         seed: int | None = 0,
@@ -118,12 +122,16 @@ class Simulator:
         self.peak = 0
         self._boots = _planner(boots)
         self._stop = stop
-        self._grace = grace
+        self._ending = ending
+        self._check = check
         self._lifetime = lifetime
         self._agenda: list[tuple[float, int, Event]] = []
         self._seq = 0
         self._calls = 0
         self._work: dict[str, float] = {}
+        # Of calls with retries: their work, and the last thing planned for it when it was lost.
+        self._again: dict[str, float] = {}
+        self._void: dict[str, int] = {}
         self._booted: dict[str, float] = {}
         self._past_seconds = 0.0
 
@@ -166,7 +174,10 @@ class Simulator:
         call = f"call-{self._calls}"
         if arrival.work is not None:
             self._work[call] = arrival.work
-        self.tell(ev.CallSubmitted(call, arrival.limits, arrival.priority))
+            if arrival.retries:
+                self._again[call] = arrival.work
+        _, _, limits, priority, retries = arrival
+        self.tell(ev.CallSubmitted(call, limits, priority, retries))
         return call
 
     def run(
@@ -201,7 +212,9 @@ class Simulator:
             self.now = max(self.now, at)
             # What happens at the instant of a deadline is in time.
             if planned <= at:
-                self.tell(heapq.heappop(agenda)[2])
+                _, no, event = heapq.heappop(agenda)
+                if not (self._void and self._is_void(no, event)):
+                    self.tell(event)
             elif arrival is not None and arriving <= at:
                 self.arrive(arrival)
                 arrival = next(coming, None)
@@ -209,6 +222,10 @@ class Simulator:
                 self.tell(ev.Tick())
         if until != math.inf and not while_calls:
             self.now = max(self.now, until)
+
+    def _is_void(self, no: int, event: Event) -> bool:
+        """Say whether this was planned for work that has been lost since then."""
+        return isinstance(event, ev.CallEnded) and no <= self._void.get(event.call, 0)
 
     def _carry_out(self, instruction: Instruction) -> None:
         if isinstance(instruction, do.Start):
@@ -221,8 +238,17 @@ class Simulator:
             if self._stop is not None:
                 self.later(self._stop, ev.RunnerStopped(instruction.runner))
         elif isinstance(instruction, do.Terminate):
-            if self._grace is not None:
-                self.later(self._grace, ev.CallEnded(instruction.call))
+            if self._ending is not None:
+                self.later(self._ending, ev.CallEnded(instruction.call))
+        elif isinstance(instruction, do.Requeued):
+            self._void[instruction.call] = self._seq
+            if instruction.call in self._again:
+                self._work[instruction.call] = self._again[instruction.call]
+        elif isinstance(instruction, do.AskIdle):
+            runner, number = instruction
+            go = self._check(runner) if callable(self._check) else self._check
+            if go is not None:
+                self.later(0.0, ev.IdleAnswer(runner, number, go))
         elif isinstance(instruction, do.Expired | do.Refused | do.Lost):
             self._work.pop(instruction.call, None)
 

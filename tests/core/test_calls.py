@@ -98,7 +98,7 @@ def test_c4_the_slot_of_a_caller_that_has_just_gone_returns_to_the_pool():
 
 
 def test_c4_a_slot_is_free_when_the_work_is_gone_and_not_before():
-    pool, first = busy(grace=2.0)
+    pool, first = busy(ending=2.0, grace=10.0)
     second = pool.submit()
     pool.release(first)
     pool.run_for(1.9)
@@ -196,7 +196,7 @@ def test_e1_what_happens_at_the_deadline_is_in_time():
 
 
 def test_e2_the_work_of_an_expired_call_is_terminated_and_holds_its_slot_until_it_is_gone():
-    pool = Script(max=1, grace=3.0).open()
+    pool = Script(max=1, ending=3.0, grace=10.0).open()
     call = pool.submit(work=100, run=10)
     waiting = pool.submit()
     pool.run_for(10.5)
@@ -268,7 +268,7 @@ def test_f2_a_lost_runner_fails_its_own_calls_alone():
 
 
 def test_f2_who_has_been_answered_is_not_told_of_a_loss():
-    pool = Script(max=1, max_concurrency=3, grace=None).open()
+    pool = Script(max=1, max_concurrency=3, ending=None).open()
     released, timed_out, runs = pool.submit(), pool.submit(run=1), pool.submit()
     pool.run_for(2)
     pool.release(released)

@@ -52,7 +52,7 @@ def test_a6_leases_are_ended_after_shutdown_timeout():
 
 
 def test_a6_who_has_been_answered_is_not_told_of_the_end():
-    pool = Script(max=1, max_concurrency=2, shutdown_timeout=5.0, grace=None).open()
+    pool = Script(max=1, max_concurrency=2, shutdown_timeout=5.0, ending=None).open()
     released, runs = pool.submit(), pool.submit()
     pool.run_for(1)
     pool.release(released)

@@ -18,7 +18,7 @@ Break = Callable[[Any], object]
 def a_pool() -> Script:
     """A pool with a runner in each state, and a call in each."""
     boots = [Up(0.5), Up(0.5), Up(0.5), HANGS]
-    pool = Script(min=3, max=5, max_concurrency=2, boots=boots, stop=None, grace=None).open()
+    pool = Script(min=3, max=5, max_concurrency=2, boots=boots, stop=None, ending=None).open()
     pool.run_for(1)
     running = [pool.submit(run=50) for _ in range(6)]
     pool.configure(min=2, max=2)  # pool-3 drains
@@ -26,6 +26,13 @@ def a_pool() -> Script:
     pool.submit(queue=50)  # pool-4 boots
     pool.release(running[0])
     return pool
+
+
+def asked_pool() -> Script:
+    """A pool whose only runner is asked whether it may go."""
+    pool = Script(max=1, idle_check=True, check=None, idle_shutdown_after=10.0).open()
+    pool.submit(work=1)
+    return pool.run_for(20)
 
 
 def first(core: Any, state: str) -> Any:
@@ -40,7 +47,7 @@ def idle(core: Any) -> None:
         core._book.end(core._now, core.calls[call], "done")
         core._fleet.give_back(core._now, runner, call)
     core._fleet._idle._due.discard(runner)
-    runner.idle_since = core._now - 50
+    runner.idle_since = runner.idle_clock = core._now - 50
     core.queue.discard(first(core, "waiting").id)
 
 
@@ -81,7 +88,23 @@ BREAKS: dict[str, Break] = {
     "D1: pool-2 is idle since": idle,
     "the alarm is at": lambda core: setattr(core._alarm, "at", 1e9),
     "was due": lambda core: setattr(core, "_now", 1e9),
-    "has a deadline and needs none": lambda core: core._book._due.set(first(core, "ending").id, 99),
+    "has a deadline and needs none": lambda core: core._book._due.set("nobody", 99),
+    "a grace and no deadline": lambda core: core._book._due.discard(first(core, "ending").id),
+    "E3: {'call-1'} of pool-1 are stuck": lambda core: setattr(
+        core.calls["call-1"], "state", "stuck"
+    ),
+    "waits for nothing but stuck calls": lambda core: [
+        setattr(core.calls[call], "state", "stuck") for call in first(core, "draining").leases
+    ],
+    "is ready, leaving: True": lambda core: setattr(first(core, "ready"), "leaving", True),
+    "D5: pool-1 is ready": lambda core: (
+        setattr(core, "options", core.options._replace(single_use=True)),
+        setattr(first(core, "ready"), "used", True),
+    ),
+    "is to be evicted for no reason": lambda core: core._evictions.limit(
+        0, first(core, "draining"), 99
+    ),
+    "F1": lambda core: core.counters.update(started=7),
     "is due at 99": lambda core: core._book._due.set(first(core, "running").id, 99),
     "a limit and no deadline": lambda core: core._book._due.discard(first(core, "running").id),
     "does not boot": lambda core: core._boots._limits.set("pool-1", 99),
@@ -104,6 +127,31 @@ def test_what_is_broken_is_seen(problem):
     with pytest.raises(AssertionError) as caught:
         check(core)
     assert problem in str(caught.value)
+
+
+def ask_one_that_works(core: Any) -> None:
+    core.runners["pool-1"].idle_since = None
+
+
+def ask_again(core: Any) -> None:
+    core._fleet._idle.over["elastic"].set(core.runners["pool-1"], 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (ask_one_that_works, "is asked, is ready, idle since None"),
+        (ask_again, "is asked and could be asked again"),
+        (lambda core: core._fleet._idle.asked.clear(), "D1: pool-1 is idle since 1.5"),
+        (lambda core: setattr(core.runners["pool-1"], "idle_clock", 0), "before it fell idle"),
+    ],
+)
+def test_d2_what_is_broken_is_seen(change, problem):
+    core = asked_pool().core
+    check(core)
+    change(core)
+    with pytest.raises(AssertionError, match=problem):
+        check(core)
 
 
 def test_all_that_is_wrong_is_said():

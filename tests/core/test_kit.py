@@ -102,8 +102,8 @@ def test_the_kit_needs_no_hypothesis():
 class Wrong(PoolState):
     """A core that changes what it says."""
 
-    def __init__(self, change) -> None:
-        super().__init__(PoolOptionsView(max=2))
+    def __init__(self, change, **options) -> None:
+        super().__init__(PoolOptionsView(max=2, **options))
         self.change = change
 
     def handle(self, now, event):
@@ -162,3 +162,60 @@ def test_the_model_sees_what_is_wrong(change):
     story(PoolState(PoolOptionsView(max=2)))
     with pytest.raises((AssertionError, KeyError, ValueError)):
         story(Wrong(change))
+
+
+def always(kind, **changes):
+    return lambda out: [i._replace(**changes) if isinstance(i, kind) else i for i in out]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        twice(do.Requeued),
+        twice(do.AskIdle),
+        twice(do.Terminate),
+        without(do.Terminate),
+        without(do.Requeued),
+        without(do.AskIdle),
+        without(do.Lost),
+        always(do.Stop, force=True),
+        always(do.Stop, force=False),
+        always(do.AskIdle, number=7),
+        always(do.Lost, cause="exited"),
+        lambda out: [
+            do.Lost(i.call, "p", "x", None, 1) if type(i) is do.Requeued else i for i in out
+        ],
+        lambda out: [do.Drain(i.runner, "idle") if type(i) is do.AskIdle else i for i in out],
+    ],
+)
+def test_the_model_sees_what_is_wrong_at_the_end_of_calls_and_runners(change):
+    options = {"max_concurrency": 2, "single_use": True, "idle_check": True, "grace": 1.0}
+
+    def story(core: PoolState) -> None:
+        pool = PoolModel(core)
+        pool.tell(ev.Open())
+        for number in range(4):
+            pool.tell(ev.CallSubmitted(f"c{number}", Limits(), 0, 1 if number == 0 else 0))
+        pool.tell(ev.RunnerReady("pool-1"))
+        pool.tell(ev.RunnerReady("pool-2"))
+        pool.tell(ev.CallLost("c0", "oom"))  # waits again: pool-1 drains
+        pool.tell(ev.CallReleased("c2"))
+        pool.now = 1.0
+        pool.tell(ev.Tick())  # it is stuck: pool-2 drains
+        pool.now = 31.0
+        pool.tell(ev.Tick())  # c3 is preempted
+        pool.tell(ev.RunnerStopped("pool-2"))
+        pool.tell(ev.CallReleased("c0"))
+        pool.tell(ev.RunnerReady("pool-3"))
+        pool.now = 61.0
+        pool.tell(ev.Tick())
+        [(runner, number)] = pool.asks().items()
+        pool.tell(ev.IdleAnswer(runner, number, False))
+        pool.now = 91.0
+        pool.tell(ev.Tick())
+        [(runner, number)] = pool.asks().items()
+        pool.tell(ev.IdleAnswer(runner, number, True))
+
+    story(PoolState(PoolOptionsView(max=2, **options)))
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        story(Wrong(change, **options))

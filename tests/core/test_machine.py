@@ -13,4 +13,4 @@ THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=settings().max_examples * (1 if THOROUGH else 3))
-pytestmark = pytest.mark.timeout(3600 if THOROUGH else 60)
+pytestmark = pytest.mark.timeout(3600 if THOROUGH else 300)

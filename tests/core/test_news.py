@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flame_dask.core import events as ev
 from flame_dask.core import instructions as do
 from flame_dask.testing import HANGS, Fails, Script, Up
 
@@ -136,6 +137,17 @@ def test_c10_retire_tells_of_failures_and_losses():
     ]
 
 
+def test_c10_retire_tells_how_the_process_of_a_lost_runner_ended():
+    pool = Script(max=2, stop=None, idle_shutdown_after=5.0).open()
+    pool.submit(), pool.submit(work=1)
+    pool.run_for(7)
+    pool.lose("pool-1", "signal")
+    how = "its process was ended by signal 9"
+    pool.tell(ev.RunnerStopped("pool-1", (), how))
+    pool.tell(ev.RunnerStopped("pool-2", (), how))  # it had been told to stop: no news
+    assert pool.decided("retire") == ["pool-1: lost: signal", f"pool-1: {how}"]
+
+
 def test_c10_refuse_tells_of_calls_that_get_no_slot():
     pool = Script(max=1, boots=HANGS).open()
     pool.submit(queue=2)
@@ -201,6 +213,7 @@ def test_c10_counters_count():
         "released": 1,
         "refused": 1,
         "lost": 1,
+        "retried": 0,
         "boots": 2,
         "boot_failures": 1,
         "runners_lost": 1,

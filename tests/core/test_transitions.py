@@ -32,6 +32,13 @@ def ready(**options: object) -> Script:
     return pool.run_for(1)
 
 
+def stuck() -> Script:
+    """Call-1 is stuck on a draining runner, call-2 goes on there."""
+    pool = Script(max=1, max_concurrency=2, stop=None, ending=None, shutdown_timeout=5.0).open()
+    calls = [pool.submit(), pool.submit()]
+    return pool.run_for(1).release(calls[0]).run_for(2)
+
+
 def draining() -> Script:
     return ready(shutdown_timeout=5.0).close()
 
@@ -51,6 +58,7 @@ RUNNER_STORIES = {
     ("ready", "lost"): stopping,
     ("draining", "drained"): lambda: draining().end("call-1"),
     ("draining", "lost"): lambda: draining().lose("pool-1"),
+    ("draining", "evicted"): lambda: stuck().end("call-2"),
     ("draining", "pool closes"): lambda: draining().run_for(5),
     ("stopping", "stopped"): lambda: (s := stopping(), s.tell(ev.RunnerStopped("pool-1")))[0],
 }
@@ -62,14 +70,32 @@ CALL_STORIES = {
     ("waiting", "pool closes"): lambda: boots().close(),
     ("running", "done"): lambda: ready().end("call-1"),
     ("running", "expired"): lambda: (s := ready(max_concurrency=2), s.submit(run=0.0))[0],
-    ("running", "released"): lambda: ready(grace=None).release("call-1"),
+    ("running", "released"): lambda: ready(ending=None).release("call-1"),
     ("running", "pool closes"): lambda: draining().run_for(5),
     ("running", "runner lost"): stopping,
-    ("ending", "done"): lambda: ready(grace=None).release("call-1").end("call-1"),
-    ("ending", "runner lost"): lambda: ready(grace=None).release("call-1").lose("pool-1"),
-    ("ending", "pool closes"): lambda: (
-        ready(grace=None, shutdown_timeout=5.0).release("call-1").close().run_for(5)
+    ("running", "runner evicted"): lambda: ready(shutdown_timeout=5.0).leave("pool-1").run_for(5),
+    ("running", "work lost"): lambda: ready().lose_call("call-1"),
+    ("running", "requeued"): lambda: (s := ready(), s.submit(retries=1), s.run_for(1))[0].lose_call(
+        "call-2"
     ),
+    ("ending", "stuck"): stuck,
+    ("ending", "runner evicted"): lambda: (
+        ready(ending=None, grace=60.0, shutdown_timeout=5.0)
+        .release("call-1")
+        .leave("pool-1")
+        .run_for(5)
+    ),
+    ("ending", "work lost"): lambda: ready(ending=None).release("call-1").lose_call("call-1"),
+    ("ending", "done"): lambda: ready(ending=None).release("call-1").end("call-1"),
+    ("ending", "runner lost"): lambda: ready(ending=None).release("call-1").lose("pool-1"),
+    ("ending", "pool closes"): lambda: (
+        ready(ending=None, grace=60.0, shutdown_timeout=5.0).release("call-1").close().run_for(5)
+    ),
+    ("stuck", "done"): lambda: stuck().end("call-1"),
+    ("stuck", "runner lost"): lambda: stuck().lose("pool-1"),
+    ("stuck", "runner evicted"): lambda: stuck().end("call-2"),
+    ("stuck", "work lost"): lambda: stuck().lose_call("call-1"),
+    ("stuck", "pool closes"): lambda: stuck().configure(shutdown_timeout=1.0).close().run_for(1),
 }
 
 
@@ -136,6 +162,7 @@ def test_what_no_table_has_is_refused(table, step, states):
         (ready, ev.RunnerStopped("pool-1")),
         (draining, ev.RunnerStopped("pool-1")),
         (boots, ev.CallEnded("call-1")),
+        (boots, ev.CallLost("call-1", "oom")),
         (boots, ev.CallSubmitted("call-1")),
         (ready, ev.CallSubmitted("call-1")),
     ],
@@ -176,9 +203,12 @@ def test_the_story_is_bounded():
     [
         ev.RunnerReady("pool-1"),
         ev.RunnerLost("pool-1", "exited"),
-        ev.RunnerStopped("pool-1"),
+        ev.RunnerStopped("pool-1", (), "its process was ended by signal 9"),
+        ev.RunnerLeaving("pool-1", "SIGTERM"),
+        ev.IdleAnswer("pool-1", 1, True),
         ev.BootFailed("pool-1", ev.BootProblem("start", "refused")),
-        ev.CallEnded("call-1"),
+        ev.CallEnded("call-1", "SIGKILL to its processes"),
+        ev.CallLost("call-1", "oom"),
         ev.CallReleased("call-1"),
     ],
 )

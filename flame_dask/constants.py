@@ -1,0 +1,20 @@
+"""What the parts of a pool agree upon that live in different processes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Environment variable: the folder that belongs to a runner alone, and goes with it.
+RUNNER_FOLDER: Final = "FLAME_RUNNER_FOLDER"
+
+#: Environment variable: the seconds within which a runner has to be ready; absent is no limit.
+BOOT_TIMEOUT: Final = "FLAME_BOOT_TIMEOUT"
+
+#: Exit code of a runner that has run out of memory.
+OOM_EXIT: Final = 86
+
+#: Seconds that the runner and the host grant each other for a deadline that both watch.
+GRACE_MARGIN: Final = 0.5
+
+#: Seconds after which a process that ought to have ended by itself is killed.
+LAST_RESORT: Final = 10.0
