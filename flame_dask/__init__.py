@@ -6,6 +6,8 @@
 1024
 """
 
+from typing import TYPE_CHECKING
+
 from flame_dask.errors import (
     BootError,
     CallCancelled,
@@ -22,6 +24,13 @@ from flame_dask.parent.hooks import ScaleEvent
 from flame_dask.parent.pool import FlamePool
 from flame_dask.parent.registry import call, cast, get_pool
 from flame_dask.parent.status import PoolEvent, PoolStatus, RunnerStatus
+from flame_dask.runner.here import Parent
+
+if TYPE_CHECKING:
+    # The package of this name can be called; type checkers can't know of it.
+    from flame_dask.runner.here import parent
+else:
+    from flame_dask import parent
 
 __version__ = "0.1.0"
 
@@ -31,6 +40,7 @@ __all__ = [
     "CallTimeout",
     "FlameError",
     "FlamePool",
+    "Parent",
     "PoolClosed",
     "PoolEvent",
     "PoolFuture",
@@ -44,4 +54,5 @@ __all__ = [
     "call",
     "cast",
     "get_pool",
+    "parent",
 ]

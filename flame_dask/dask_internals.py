@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from dask._task_spec import Task
@@ -163,6 +163,11 @@ def cordon_worker(scheduler: Scheduler, address: str, stimulus_id: str) -> None:
     )
 
 
+def close_scheduler(scheduler: Scheduler) -> None:
+    """Close a scheduler that nobody needs any more, soon; its process ends with it."""
+    scheduler.loop.add_callback(scheduler.close)
+
+
 def open_error(exception: object, traceback: object) -> tuple[BaseException, TracebackType | None]:
     """Return the exception and traceback of a task error, wherever it has come from."""
     opened = [_opened(part) for part in (exception, traceback)]
@@ -228,6 +233,40 @@ def attach_result(key: str, value: object) -> None:
     task = get_worker().state.tasks.get(key)
     if task is not None:  # freed meanwhile: nobody wants the result any more
         task.metadata[RESULT] = value
+
+
+def has_work(worker: Worker, kind: type, ignored: Container[Any]) -> bool:
+    """Tell whether a worker executes tasks, but for the ignored keys, or has results of a kind."""
+    state = worker.state
+    if any(task.key not in ignored for task in (*state.executing, *state.long_running)):
+        return True
+    return any(isinstance(value, kind) for value in list(worker.data.values()))
+
+
+def is_closing(worker: Worker) -> bool:
+    """Tell whether a worker is on its way out."""
+    return worker.status in (Status.closing, Status.closed, Status.failed)
+
+
+def take_over_memory(worker: Worker) -> tuple[int | None, Callable[[], None]]:
+    """Let Dask do nothing about a worker's memory.
+
+    It would pause a worker that comes near its limit. Calls would wait on it then, though they
+    have a slot, and those that run would not be ended.
+
+    Returns
+    -------
+    tuple
+        The bytes that the worker may use, and a function that gives the matter back to Dask.
+    """
+    manager: Any = worker.memory_manager
+    before = manager.memory_pause_fraction, manager.memory_spill_fraction
+    manager.memory_pause_fraction = manager.memory_spill_fraction = False
+
+    def give_back() -> None:
+        manager.memory_pause_fraction, manager.memory_spill_fraction = before
+
+    return manager.memory_limit or None, give_back
 
 
 # -- client --------------------------------------------------------------------------------------

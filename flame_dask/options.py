@@ -188,11 +188,8 @@ def _unless_none(remedy: str) -> NotYet:
 _OFF: Final = NotYet(bool, "leave it out, or give False")
 
 NOT_YET: Final[dict[str, NotYet]] = {
-    "single_use": _OFF,
     "track_resources": _OFF,
     "log": _OFF,
-    "isolation": NotYet(lambda value: value == "process", "give 'thread'"),
-    "idle_check": _unless_none("give the duration alone"),
     "code_sync": _unless_none("leave it out, and install your code where the runners are"),
     "security": _unless_none("leave it out, and keep runners in a network that you trust"),
     "scheduler": _unless_none("leave it out, so that the backend decides"),
@@ -202,9 +199,7 @@ NOT_YET: Final[dict[str, NotYet]] = {
 """Values of pool options that are part of the contract but refused in this version, by field."""
 
 CALL_NOT_YET: Final[dict[str, NotYet]] = {
-    "link": NotYet(lambda value: not value, "leave it out, or give True"),
     "track_resources": _OFF,
-    "retries": NotYet(bool, "leave it out, and catch RunnerLost where a call may run twice"),
     "affinity": _unless_none("leave it out"),
 }
 """The same for the keywords of a call."""

@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -51,7 +52,7 @@ SCRATCH = "dask-scratch-space"
 SCRATCH_LOCKS = {"global.lock", "purge.lock"}
 
 #: Where tests open pools, or run programs that do.
-FOLDERS_WITH_POOLS = frozenset({"pool", "e2e", "conformance"})
+FOLDERS_WITH_POOLS = frozenset({"pool", "e2e", "conformance", "runner"})
 
 #: Sockets that the kernel, and pools of connections that Dask closes lazily, may still hold.
 DESCRIPTORS_SPARE = 4
@@ -95,6 +96,25 @@ def without_cut_heartbeats() -> Callable[[str], str]:
 def until_fixture() -> Until:
     """Poll with a deadline: ``until(lambda: ..., 5)``."""
     return until
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``pytest -n 2``: keep tests that use one pool in one process, and in their order.
+
+    That is a module's tests on one backend. As they are collected, the many quick ones come at
+    the beginning and at the end, so that no process is left with a long module at the end.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModuleAndBackend(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            module, _, test = nodeid.partition("::")
+            parameters = test.partition("[")[2].rstrip("]").split("-")
+            return " ".join([module, *(name for name in BACKENDS if name in parameters)])
+
+    config.option.loadscopereorder = False
+    return ByModuleAndBackend(config, log)
 
 
 # -- nothing is left -----------------------------------------------------------------------------
@@ -143,16 +163,34 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def impatience() -> Iterator[None]:
-    """Kill soon what does not end by itself, such as a runner whose call goes on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flame_dask.backends.processes.TERMINATE_WAIT", 0.5)
-        yield
+def ctrl_c_works() -> Iterator[None]:
+    """Have programs get Ctrl-C also where the tests run in the background of a shell script.
+
+    There SIGINT is ignored, which programs inherit.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
+def impatience() -> Iterator[None]:
+    """Kill soon what does not end by itself, such as a runner whose call goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flame_dask.backends.process.TERMINATE_WAIT", 0.5)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection() -> None:
-    """Leave what is loaded by now out of it: it is collected after each test."""
+    """Leave what is there by now out of it: after each test with pools garbage is collected.
+
+    No pool is open between two modules, but all that was imported and all reports of tests are
+    there: to go through them takes five times as long as to go through what a test makes.
+    """
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 
@@ -267,6 +305,12 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
+def local_backend() -> Any:
+    """The one with the scheduler in the parent."""
+    return BACKENDS["local"]
+
+
+@pytest.fixture(scope="session")
 def fast() -> dict[str, Any]:
     """Options of a pool that is not to keep a test waiting at its end."""
     return {"shutdown_timeout": 5, "boot_timeout": 20}
@@ -274,13 +318,18 @@ def fast() -> dict[str, Any]:
 
 @pytest.fixture
 def make_pool(request: pytest.FixtureRequest, fast: dict[str, Any]) -> Iterator[MakePool]:
-    """Open pools that are closed when the test ends: ``make_pool(max=2, ...)``."""
+    """Open pools that are closed when the test ends: ``make_pool(max=2, ...)``.
+
+    They are on ``backend`` if the test asks for it, and so is run on both. Without, they are on a
+    ``LocalCluster``: that is for tests to which it is all one where the scheduler is.
+    """
+    usual = "backend" if "backend" in request.fixturenames else "local_backend"
     numbers = itertools.count(1)
     with contextlib.ExitStack() as stack:
 
         def make(name: str | None = None, **options: Any) -> FlamePool:
             if "backend" not in options:
-                options["backend"] = request.getfixturevalue("backend")
+                options["backend"] = request.getfixturevalue(usual)
             pool = FlamePool(name or f"pool{next(numbers)}", **{**fast, **options})
             stack.callback(pool.close)
             return pool

@@ -207,5 +207,11 @@ def test_configuration_page_says_what_is_not_there_yet() -> None:
     section = page.partition("### Not in this version")[2].partition("\n## ")[0]
     listed = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
 
-    assert listed == NOT_YET.keys() - {"idle_check"}
-    assert ("`(30, check)`" in section) == ("idle_check" in NOT_YET)
+    assert listed == NOT_YET.keys()
+
+
+def test_tests_that_the_pages_name_are_there() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
+            assert any(f"def {name}(" in source for source in sources), f"{page.name}: {name}"

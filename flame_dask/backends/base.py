@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+Loss = Literal["exited", "signal", "oom", "preempted"]
 
 
 class Ending(NamedTuple):
-    """How a runner ended by itself, or why it could not be started."""
+    """How a runner ended, or why it could not be started."""
 
     phase: str = "setup"
     """``start`` if the backend refused it, ``setup`` if its process ended."""
@@ -15,6 +16,8 @@ class Ending(NamedTuple):
     exit_code: int | None = None
     """Negative for a signal, ``None`` if it isn't known."""
     log_tail: tuple[str, ...] = ()
+    loss: Loss | None = None
+    """What it died of (F2); ``None`` if that isn't known, or if the pool itself ended it."""
 
 
 @runtime_checkable
@@ -34,11 +37,12 @@ class Backend(Protocol):
     async def watch(self, runner: str) -> Ending:
         """Wait until the worker ends by itself."""
 
-    async def stop(self, runner: str) -> Sequence[str]:
-        """Take the worker down, whatever it is doing; return its last log lines.
+    async def stop(self, runner: str, *, force: bool = False) -> Ending:
+        """Take the worker down, whatever it is doing; say how it had ended, if it had already.
 
         Returns when nothing of it is left that could cost money. It can be called again, and for
-        a runner that is gone.
+        a runner that is gone. With ``force`` there is work on it that can't be ended otherwise:
+        asking it to end would only take time.
         """
 
     def close(self, cluster: Any) -> Any:

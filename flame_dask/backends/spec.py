@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from distributed import SpecCluster
@@ -22,7 +21,7 @@ class SpecBackend:
 
     def __init__(self, cluster: SpecCluster | None = None) -> None:
         self.cluster = cluster
-        self._given = cluster is not None
+        self.given = cluster is not None
 
     def open(self, *, asynchronous: bool) -> Any:
         """Return the cluster."""
@@ -50,24 +49,14 @@ class SpecBackend:
 
     def ending(self, member: Any) -> Ending:
         """Say how a worker ended."""
-        code = getattr(member, "exit_code", None)
-        return Ending(cause=describe_exit(code), exit_code=code)
+        return Ending()
 
-    async def stop(self, runner: str) -> Sequence[str]:
+    async def stop(self, runner: str, *, force: bool = False) -> Ending:
         """Take a worker down."""
         assert self.cluster is not None
         await internals.stop_member(self.cluster, runner)
-        return ()
+        return Ending()
 
     def close(self, cluster: Any) -> Any:
         """Close the cluster, unless it was there before the pool."""
-        return None if self._given else cluster.close()
-
-
-def describe_exit(code: int | None) -> str:
-    """Say in words how a process ended."""
-    if code is None:
-        return "its process ended"
-    if code < 0:
-        return f"its process was ended by signal {-code}"
-    return f"its process ended with exit code {code}"
+        return None if self.given else cluster.close()

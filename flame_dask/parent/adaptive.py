@@ -55,7 +55,8 @@ class PoolAdaptive(Adaptive):
         self.booted = 0
         self._boots: dict[str, asyncio.Task[None]] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
-        self._ending: set[str] = set()
+        # How runners have ended by themselves that are being taken down now.
+        self._endings: dict[str, Ending] = {}
 
     async def target(self) -> int:
         """Return how many runners the core has ordered."""
@@ -70,10 +71,10 @@ class PoolAdaptive(Adaptive):
         self.booted += 1
         self._boots[runner] = asyncio.ensure_future(self._live(runner))
 
-    def halt(self, runner: str) -> None:
+    def halt(self, runner: str, force: bool = False) -> None:
         """Stop a runner, and report when nothing of it is left."""
         if runner not in self._stops:
-            self._stops[runner] = asyncio.ensure_future(self._stop(runner))
+            self._stops[runner] = asyncio.ensure_future(self._stop(runner, force))
 
     def halt_all(self) -> None:
         """Stop all runners."""
@@ -94,43 +95,47 @@ class PoolAdaptive(Adaptive):
             ending = Ending(phase="start", cause=error, log_tail=log_tail(error))
         if runner in self._stops:
             return  # it ends because it was told to
-        self._ending.add(runner)  # what takes it down must not be cut off half-way
+        self._endings[runner] = ending  # what takes it down must not be cut off half-way
         ending = await self._remove(runner, ending)
-        self._ending.discard(runner)
+        if runner in self._stops:
+            return  # it was told to end meanwhile, and that is what is reported
         self._boots.pop(runner, None)
-        self.report(
-            {
-                "what": "ended",
-                "runner": runner,
-                "phase": ending.phase,
-                "cause": str(ending.cause),
-                "exit_code": ending.exit_code,
-                "log_tail": list(ending.log_tail),
-            }
-        )
+        self.report({"what": "ended", "phase": ending.phase, **_told(runner, ending)})
+        del self._endings[runner]
 
-    async def _stop(self, runner: str) -> None:
+    async def _stop(self, runner: str, force: bool) -> None:
         boot = self._boots.get(runner)
         if boot is not None:
-            if runner not in self._ending:
+            if runner not in self._endings:
                 boot.cancel()
             await asyncio.wait([boot])
-        ending = await self._remove(runner, Ending())
+        ending = await self._remove(runner, self._endings.pop(runner, None), force)
         self._boots.pop(runner, None)
         del self._stops[runner]
-        self.report({"what": "stopped", "runner": runner, "log_tail": list(ending.log_tail)})
+        self.report({"what": "stopped", **_told(runner, ending)})
 
-    async def _remove(self, runner: str, ending: Ending) -> Ending:
+    async def _remove(self, runner: str, ending: Ending | None, force: bool = False) -> Ending:
         """Take down what is left of a runner. It costs money until this works, so it goes on."""
         for attempt in range(10**9):
             try:
-                tail = await self.backend.stop(runner)
+                last = await self.backend.stop(runner, force=force)
             except Exception:
                 logger.exception("could not stop runner %s, trying again", runner)
                 await asyncio.sleep(STOP_RETRY[min(attempt, len(STOP_RETRY) - 1)])
             else:
-                return ending._replace(log_tail=ending.log_tail or tuple(tail))
+                ending = ending or last
+                return ending._replace(log_tail=ending.log_tail or last.log_tail)
         raise AssertionError("unreachable")
+
+
+def _told(runner: str, ending: Ending) -> Message:
+    return {
+        "runner": runner,
+        "cause": str(ending.cause),
+        "loss": ending.loss,
+        "exit_code": ending.exit_code,
+        "log_tail": list(ending.log_tail),
+    }
 
 
 def log_tail(error: BaseException, lines: int = 20) -> tuple[str, ...]:

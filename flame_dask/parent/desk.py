@@ -92,7 +92,7 @@ class CallDesk:
         if not waits:
             payload = payload.snapshot()
         key = f"{funcname(fn)}-{self._base}{next(self._count):06x}"
-        state = CallState(key)
+        state = CallState(key, options.link)
         self._open[key] = state
         message: Message = {
             "what": "call",
@@ -102,6 +102,8 @@ class CallDesk:
             "priority": options.priority,
             "keep": keep,
             "asynchronous": is_async(fn),
+            "link": options.link,
+            "retries": options.retries,
         }
         if found:
             self.port.post(partial(self._await_inputs, message, state, list(found.values())))
@@ -175,23 +177,27 @@ class CallDesk:
         if state is not None:
             state.deliver(NOTHING if result is None else Payload.from_parts(result))
 
-    def fetch(self, key: str, address: str) -> None:
-        """Fetch a large result from its runner."""
-        self._background(self._fetch(key, address))
-
-    async def _fetch(self, key: str, address: str) -> None:
-        try:
-            payload = await self.client.fetch(key, address)
-        except Exception as error:
-            logger.info("pool %s: the result of %s is lost: %s", self.pool, key, error)
-            state = self._settle(key)
-            if state is not None:
-                state.fail(RunnerLost("unreachable", call=key))
+    def fetch(self, key: str, task: str, address: str) -> None:
+        """Fetch a large result from its runner, if anybody still wants it."""
+        if key in self._open:
+            self._background(self._fetch(key, task, address))
         else:
-            state = self._settle(key)
-            if state is not None:
-                state.deliver(payload)
-        self.port.post({"what": "delivered", "key": key})
+            self.port.post({"what": "delivered", "key": key, "task": task})
+
+    async def _fetch(self, key: str, task: str, address: str) -> None:
+        delivered = {"what": "delivered", "key": key, "task": task}
+        try:
+            payload = await self.client.fetch(task, address)
+        except Exception as error:
+            # The host answers: it may start the call anew (retries), or know what the runner died
+            # of.
+            logger.info("pool %s: the result of %s is lost: %s", self.pool, key, error)
+            self.port.post({**delivered, "lost": True})
+            return
+        state = self._settle(key)
+        if state is not None:
+            state.deliver(payload)
+        self.port.post(delivered)
 
     def failed(self, key: str, exception: object, traceback: object) -> None:
         """Take what the function raised."""
@@ -243,9 +249,9 @@ class CallDesk:
             state.fail(RunnerLost("unreachable", call=str(state.key)))
 
     def _released(self, key: str, done: bool) -> None:
-        """End a call whose last future has gone."""
+        """End a call whose last future has gone, if it is linked (G1, G2)."""
         state = self._settle(key)
-        if state is not None and not done:
+        if state is not None and not done and state.link:
             self.port.post({"what": "release", "keys": [key]})
             state.cancel("the end of its last future")
 

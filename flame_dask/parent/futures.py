@@ -50,11 +50,13 @@ class CallState(PooledState):
     saves two thread switches a call.
     """
 
-    __slots__ = ("_error", "_wakers", "payload", "raised", "sent")
+    __slots__ = ("_error", "_wakers", "link", "payload", "raised", "sent")
 
     _error: BaseException | None
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, link: bool = True) -> None:
+        # Whether the call ends with its last future (G1).
+        self.link = link
         # What the call raised, in pickled form.
         self.raised: Payload | None = None
         super().__init__(key)
@@ -257,6 +259,22 @@ class PoolFuture(Future[T], Generic[T]):
         if self.status == "finished":
             return self.call.load()
         return await super()._result(raiseit)
+
+    def cancel(self, reason: str | None = None, msg: str | None = None, **kwargs: Any) -> Any:
+        """End the call, and its work on the runner, if it is not over (E4).
+
+        Parameters
+        ----------
+        reason, msg, kwargs
+            As for :meth:`distributed.Future.cancel`.
+
+        Returns
+        -------
+        None, or an awaitable if the pool is asynchronous.
+        """
+        if self.call.done() and not self.client.asynchronous:
+            return None  # the pool may be closed by now, and the event loop with it
+        return super().cancel(reason=reason, msg=msg, **kwargs)
 
     def terminate(self) -> None:
         """End the call wherever it is, without waiting; on the event loop only."""

@@ -18,6 +18,7 @@ from distributed.utils import SyncMethodMixin
 from flame_dask import dask_internals as internals
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.resolve import resolve
+from flame_dask.constants import GRACE_MARGIN
 from flame_dask.core.backoff import Backoff
 from flame_dask.core.events import PoolOptionsView
 from flame_dask.dask_internals import PoolClient
@@ -28,6 +29,7 @@ from flame_dask.parent.adaptive import PoolAdaptive, log_tail
 from flame_dask.parent.desk import CallDesk
 from flame_dask.parent.hooks import HookThread, ScaleEvent
 from flame_dask.parent.port import CommPort, LocalPort, Port
+from flame_dask.runner import here
 from flame_dask.runner.plugin import FlameRunner
 from flame_dask.scheduler.plugin import FlameScheduler
 
@@ -48,6 +50,9 @@ class PoolLife(SyncMethodMixin):
 
     def __init__(self, name: str, **options: Any) -> None:
         self.options = PoolOptions.check(name, **options)
+        if here.parent() is not None:
+            # A pool in a runner: it may have been opened by a module that the parent imports too.
+            self.options = self.options.replace(min=0)  # A7
         self.name = name
         self.cluster: Any = None
         self.client: Any = None
@@ -108,7 +113,9 @@ class PoolLife(SyncMethodMixin):
         self._state = "opening"
         try:
             try:
-                self.cluster = await self._backend.open(asynchronous=True)
+                # Held before it is awaited: whoever gives up meanwhile has it closed.
+                self.cluster = self._backend.open(asynchronous=True)
+                self.cluster = await self.cluster
                 self.client = await PoolClient(self.cluster, asynchronous=True)
             except Exception as error:
                 raise BootError("cluster", error, log_tail=log_tail(error)) from error
@@ -121,7 +128,7 @@ class PoolLife(SyncMethodMixin):
 
     async def _start(self) -> None:
         """Put the plugins in place, and wait until the pool is open; on the event loop."""
-        options = self.options
+        options, settings = self.options, self._settings
         view = PoolOptionsView(
             min=options.min,
             max=options.max,
@@ -132,9 +139,26 @@ class PoolLife(SyncMethodMixin):
             shutdown_timeout=options.shutdown_timeout,
             idle_shutdown_after=options.idle_shutdown_after,
             min_idle_shutdown_after=options.min_idle_shutdown_after,
+            single_use=options.single_use,
+            idle_check=options.idle_check is not None,
+            grace=settings.grace + GRACE_MARGIN,
         )
-        host = FlameScheduler(self.name, view, self._settings.backoff, self._settings.inline_limit)
-        runner = FlameRunner(self.name)
+        host = FlameScheduler(
+            self.name,
+            view,
+            settings.backoff,
+            settings.inline_limit,
+            own_thread=options.isolation == "process",
+            owns_scheduler=self._backend_owns_scheduler(),
+        )
+        runner = FlameRunner(
+            self.name,
+            isolation=options.isolation,
+            grace=settings.grace,
+            shutdown_timeout=options.shutdown_timeout,
+            idle_check=options.idle_check,
+            parent=here.describe(self.name, type(self.cluster).__name__),
+        )
         self._host, self._runner = host, runner
         loop = asyncio.get_running_loop()
         scheduler = self.cluster.scheduler
@@ -161,7 +185,7 @@ class PoolLife(SyncMethodMixin):
             "failed": self._desk.failed,
             "error": self._desk.error,
             "boot": lambda runner, **_: self._adaptive.boot(runner),
-            "stop": lambda runner, **_: self._adaptive.halt(runner),
+            "stop": lambda runner, force, **_: self._adaptive.halt(runner, force),
             "scaled": self._scaled,
             "opened": self._open_done,
             "open-failed": self._open_done,
@@ -173,6 +197,11 @@ class PoolLife(SyncMethodMixin):
         self._state = "open"
         self._port.post({"what": "open"})
         await self._opened
+
+    def _backend_owns_scheduler(self) -> bool:
+        """Say whether the scheduler has to end with the pool, and can't by itself (G3)."""
+        own = isinstance(self._backend, ProcessBackend) and not self._backend.given
+        return own and not isinstance(self.cluster.scheduler, Scheduler)
 
     def _receive(self, what: str, **message: Any) -> None:
         """Take news of the pool's host. Never raises: the host is not to blame."""
@@ -322,9 +351,10 @@ class PoolLife(SyncMethodMixin):
 class _Settings:
     """What Dask's configuration has under ``flame:`` that is no option of a pool."""
 
-    def __init__(self, inline_limit: int, backoff: Backoff) -> None:
+    def __init__(self, inline_limit: int, backoff: Backoff, grace: float) -> None:
         self.inline_limit = inline_limit
         self.backoff = backoff
+        self.grace = grace
 
     @classmethod
     def read(cls) -> _Settings:
@@ -335,4 +365,5 @@ class _Settings:
             cap=parse_timedelta(get("flame.boot-backoff.cap")),
             open_retries=int(get("flame.boot-retries")),
         )
-        return cls(int(parse_bytes(get("flame.inline-limit"))), backoff)
+        inline_limit = int(parse_bytes(get("flame.inline-limit")))
+        return cls(inline_limit, backoff, parse_timedelta(get("flame.terminate-grace")))

@@ -37,6 +37,8 @@ class FlamePool(PoolLife):
         Runners that are kept, whether or not there is work. Opening waits for them.
     max_concurrency
         Calls that one runner runs at the same time.
+    single_use
+        Whether a runner takes no further call once one of its calls has ended.
     backend
         A Dask cluster class, ``(class, {options})``, its dotted path, a running cluster, or an
         object with the backend protocol. Left out: Dask config ``flame.backend``, else
@@ -47,7 +49,8 @@ class FlamePool(PoolLife):
         take to get ready, how long calls may go on when the pool closes.
     idle_shutdown_after, min_idle_shutdown_after
         How long a runner may be without a call before it stops; the second one is for the ``min``
-        runners, which by default never do.
+        runners, which by default never do. ``idle_shutdown_after=(duration, check)`` asks
+        ``check()`` on the runner first: if it is false or raises, the runner stays.
     buffer
         Runners that are kept ready beyond what the calls of the moment need.
     placement
@@ -56,6 +59,9 @@ class FlamePool(PoolLife):
         Hooks, called in a thread of the parent: ``on_grow_start(event)``,
         ``on_grow_end(result, event)`` with ``"ok"`` or an exception, ``on_shrink(event)``, with a
         :class:`ScaleEvent`; ``on_cast_error(error)``.
+    isolation
+        ``"thread"``: a call runs in a thread of its runner, ``"process"``: in a process of its own,
+        which can be ended whatever it does.
     env
         Environment variables of the runners.
     asynchronous
@@ -88,7 +94,8 @@ class FlamePool(PoolLife):
         args, kwargs
             Its arguments; futures of this pool among them are replaced by their values. Reserved
             keywords: ``timeout`` (seconds, for waiting and running together), ``queue_timeout``,
-            ``priority`` (higher is earlier).
+            ``priority`` (higher is earlier), ``link`` (whether it ends with its caller; default:
+            True), ``retries`` (how often it may start anew when its runner is lost; default: 0).
 
         Returns
         -------
@@ -101,7 +108,7 @@ class FlamePool(PoolLife):
         CallTimeout
             It did not get a slot, or did not end, in time.
         RunnerLost
-            Its runner died.
+            Its runner died, or its own process did.
         SerializationError
             The function, an argument or the result can't be pickled.
         PoolClosed
@@ -322,6 +329,7 @@ class FlamePool(PoolLife):
         limit = options.timeout
         if limit is not None and not options.timeout_is_total:
             limit = None if options.queue_timeout is None else limit + options.queue_timeout
+            limit = None if limit is None else limit * (1 + options.retries)
         return None if limit is None else limit + GRACE
 
     # -- looking -------------------------------------------------------------------------------
@@ -343,8 +351,7 @@ class FlamePool(PoolLife):
         return self.sync(self._status)
 
     async def _status(self) -> PoolStatus:
-        self._require_open()
-        snapshot, addresses = await self._port.ask("status")
+        snapshot, addresses = await self._ask("status")
         snapshot.counters["cast_errors"] = self._cast_errors
         return PoolStatus.of(self.name, snapshot, addresses)
 
@@ -365,5 +372,11 @@ class FlamePool(PoolLife):
         return self.sync(self._events)
 
     async def _events(self) -> list[PoolEvent]:
+        return [PoolEvent.of(line) for line in await self._ask("events")]
+
+    async def _ask(self, what: str) -> Any:
         self._require_open()
-        return [PoolEvent.of(line) for line in await self._port.ask("events")]
+        try:
+            return await self._port.ask(what)
+        except OSError as error:  # the way to the pool's host has just been cut
+            raise PoolClosed(self.name) from error

@@ -52,8 +52,8 @@ class PoolStatus:
         How many runners the pool wants now (C2).
     counters
         Totals since the pool opened: calls ``submitted``, ``started``, ``ended``, ``expired``,
-        ``released``, ``refused``, ``lost``; ``boots``, ``boot_failures``, ``runners_lost``,
-        ``runners_stopped``.
+        ``released``, ``refused``, ``lost``, ``retried`` (starts anew after a loss); ``boots``,
+        ``boot_failures``, ``runners_lost``, ``runners_stopped``.
     """
 
     name: str

@@ -2,7 +2,8 @@
 
 These functions are what Dask executes: the task's function. They open the call, run it, and decide
 how its result goes back: a small one travels with the completion of the task, a large one stays
-here, pickled, until the caller fetches it.
+here, pickled, until the caller fetches it. While it runs the terminator knows of it, so that its
+work can be ended (E3).
 """
 
 from __future__ import annotations
@@ -10,10 +11,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from distributed import get_worker
 
 from flame_dask.dask_internals import attach_result
 from flame_dask.payload import Payload, check_exception, pack_value
+from flame_dask.runner import offspring
+from flame_dask.runner.threads import CallTerminated, CoroutineRun, Terms, ThreadRun
+
+if TYPE_CHECKING:
+    from flame_dask.runner.terminator import Terminator
 
 _opening = threading.local()
 
@@ -52,9 +60,9 @@ class CallRaised(Exception):
 
 
 def run_call(
-    payload: Payload, inputs: Mapping[str, Payload] | None, key: str, inline_limit: int
+    payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms
 ) -> Payload | None:
-    """Run a call in a thread of the runner.
+    """Run a call in a thread of the runner, or from there in a process of its own.
 
     Parameters
     ----------
@@ -62,16 +70,123 @@ def run_call(
         The function and its arguments.
     inputs
         The values of futures among the arguments, by key.
-    key
-        The call's id, which is the key of its Dask task.
-    inline_limit
-        The most bytes of a result that travels with the completion; negative if the result is
-        not wanted at all.
+    terms
+        What else there is to know.
 
     Returns
     -------
     Payload or None
-        The result, if it is to be fetched.
+        The result, if it is to be fetched; nothing if the work was ended. The host has been told of
+        that by then, and an error would be one more line in the runner's log.
+
+    Raises
+    ------
+    CallRaised
+        With what the function raised, or a SerializationError.
+    """
+    plugin: Any = get_worker().plugins.get("flame")
+    if plugin is None:
+        return _hand_over(work(payload, inputs, terms), terms)
+    if plugin.processes is None:
+        return run_in_thread(plugin.terminator, payload, inputs, terms)
+    result = plugin.processes.run(plugin.terminator, payload, inputs, terms)
+    return _hand_over(result, terms)
+
+
+def run_in_thread(
+    terminator: Terminator, payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms
+) -> Payload | None:
+    """Run a call in this thread, where :class:`CallTerminated` may strike at any moment.
+
+    Parameters, returns and errors are those of :func:`run_call`.
+    """
+    run = ThreadRun(terms)
+    result: Payload | None = None
+    failure: CallRaised | None = None
+    book = offspring.ledger.set(run.children)
+    try:
+        try:
+            run.open = True
+            if terminator.enter(run):
+                result = _hand_over(work(payload, inputs, terms), terms)
+        finally:
+            # Python looks for pending exceptions at calls and jumps only: not before this is done.
+            run.open = False
+            try:
+                run.seal()
+            except CallTerminated:
+                try:
+                    run.seal()
+                except CallTerminated:
+                    try:
+                        run.seal()
+                    except CallTerminated:
+                        run.seal()
+        # Here the thread is safe.
+    except CallTerminated:
+        pass
+    except CallRaised as error:
+        failure = error
+    offspring.ledger.reset(book)
+    if terminator.leave(run):
+        return None
+    if failure is not None:
+        raise failure
+    return result
+
+
+async def run_call_async(
+    payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms
+) -> Payload | None:
+    """Run a call of an ``async def`` function on the runner's event loop (B1).
+
+    Parameters, returns and errors are those of :func:`run_call`.
+    """
+    plugin: Any = get_worker().plugins.get("flame")
+    if plugin is None:
+        return await _work_async(payload, inputs, terms)
+    terminator: Terminator = plugin.terminator
+    run = CoroutineRun(terms)
+    if not terminator.enter(run):
+        terminator.leave(run)
+        return None
+    book = offspring.ledger.set(run.children)
+    # A task of its own. It can be cancelled without cancelling Dask's, and outlives that one, which
+    # is cancelled as a worker closes: what becomes of the work then is not for Dask to say (G2).
+    run.work = asyncio.create_task(_work_async(payload, inputs, terms))
+    offspring.ledger.reset(book)
+
+    def over(task: asyncio.Task[Payload | None]) -> None:
+        if not task.cancelled():
+            task.exception()  # looked at: nobody else may be there to do so
+        terminator.leave(run)
+
+    run.work.add_done_callback(over)  # before this coroutine is woken up
+    failure: CallRaised | None = None
+    result: Payload | None = None
+    try:
+        # Linked work, too: Dask would wait for it in vain if it refuses to be cancelled.
+        result = await asyncio.shield(run.work)
+    except asyncio.CancelledError:
+        closing = asyncio.current_task()
+        if not run.reason or (closing is not None and closing.cancelling()):
+            raise  # the runner is closing
+    except CallRaised as error:
+        failure = error
+    if run.reason:
+        return None
+    if failure is not None:
+        raise failure
+    return result
+
+
+def work(payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms) -> Payload | None:
+    """Do the work of a call here and now, in whatever thread or process this is.
+
+    Returns
+    -------
+    Payload or None
+        The result, if it is wanted.
 
     Raises
     ------
@@ -80,27 +195,29 @@ def run_call(
     """
     try:
         fn, args, kwargs = _open(payload, inputs)
-        return _hand_over(fn(*args, **kwargs), key, inline_limit)
+        value = fn(*args, **kwargs)
+        if terms.asynchronous:
+            value = asyncio.run(value)
+        return None if terms.inline_limit < 0 else pack_value(value)
+    except CallTerminated:
+        raise
     except BaseException as error:
         failure = _carried(error)
     # Not above: the error would become the context of its own carrier, and travel twice.
     raise failure
 
 
-async def run_call_async(
-    payload: Payload, inputs: Mapping[str, Payload] | None, key: str, inline_limit: int
+async def _work_async(
+    payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms
 ) -> Payload | None:
-    """Run a call of an ``async def`` function on the runner's event loop (B1).
-
-    Parameters, returns and errors are those of :func:`run_call`.
-    """
     try:
         fn, args, kwargs = _open(payload, inputs)
-        return _hand_over(await fn(*args, **kwargs), key, inline_limit)
+        value = await fn(*args, **kwargs)
+        return _hand_over(None if terms.inline_limit < 0 else pack_value(value), terms)
     except BaseException as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
-            raise  # the runner is closing
+            raise  # the work is being ended, or the runner is closing
         failure = _carried(error)
     raise failure
 
@@ -126,14 +243,21 @@ def _carried(error: BaseException) -> CallRaised:
     return CallRaised(f"{type(error).__name__}: {text[:500]}", pack_value(error))
 
 
-def _hand_over(value: Any, key: str, inline_limit: int) -> Payload | None:
-    if inline_limit < 0:
+def _hand_over(result: Payload | None, terms: Terms) -> Payload | None:
+    if result is None:
         return None
-    result = pack_value(value)
-    if result.nbytes > inline_limit:
+    if result.nbytes > terms.inline_limit:
         return result.snapshot()  # it waits here while what it was made from may change
-    attach_result(key, result.parts())
+    attach_result(terms.task, result.parts())
     return None
 
 
-__all__ = ["CallRaised", "input_value", "run_call", "run_call_async"]
+__all__ = [
+    "CallRaised",
+    "Terms",
+    "input_value",
+    "run_call",
+    "run_call_async",
+    "run_in_thread",
+    "work",
+]

@@ -1,15 +1,38 @@
-"""The runner's own part of a pool: a Dask worker plugin."""
+"""The runner's own part of a pool: a Dask worker plugin.
+
+It runs calls and ends them, asks the idle check, and sees to the runner's own end: when it is told
+to go by a signal (E5), and when its parent is gone (G3). For that it needs neither the parent nor
+the scheduler.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from flame_dask import dask_internals as internals
+from flame_dask.constants import GRACE_MARGIN, LAST_RESORT
+from flame_dask.payload import Payload, pack_value
+from flame_dask.runner import here, lifeline, offspring, signals
+from flame_dask.runner.guard import Guard
+from flame_dask.runner.isolated import CallProcesses
+from flame_dask.runner.memory import MemoryWatch
+from flame_dask.runner.terminator import QUIET_PAUSE, Terminator
 
 if TYPE_CHECKING:
     from distributed import Worker
+
+logger = logging.getLogger("flame_dask.runner")
+
+#: Seconds that an idle check may take.
+IDLE_LIMIT: Final = 30.0
+
+Message = dict[str, Any]
 
 
 class FlameRunner(WorkerPlugin):
@@ -19,14 +42,251 @@ class FlameRunner(WorkerPlugin):
     ----------
     pool
         The pool's name.
+    isolation
+        What calls run in: ``thread`` or ``process``.
+    grace
+        Seconds between SIGTERM and SIGKILL, when processes are ended.
+    shutdown_timeout
+        Seconds that calls may go on when the runner is told to go, and unlinked ones when the
+        parent is gone; ``None`` is no limit.
+    idle_check
+        Asked before an idle runner stops (D2).
+    idle_limit
+        Seconds that it may take.
+    parent
+        What the runner is to know of its parent.
+
+    Attributes
+    ----------
+    terminator
+        Ends calls.
+    processes
+        What calls run in, if they have processes of their own.
     """
 
     name = "flame"
 
-    def __init__(self, pool: str) -> None:
+    def __init__(
+        self,
+        pool: str,
+        *,
+        isolation: str = "thread",
+        grace: float = 1.0,
+        shutdown_timeout: float | None = 30.0,
+        idle_check: Callable[[], object] | None = None,
+        idle_limit: float = IDLE_LIMIT,
+        parent: here.ParentInfo | None = None,
+    ) -> None:
         self.pool = pool
+        self.isolation = isolation
+        self.grace = grace
+        self.shutdown_timeout = shutdown_timeout
+        # Pickled as a call is, since Dask sends a function of a module as a name (B6).
+        self.idle_check: Payload | None = None if idle_check is None else pack_value(idle_check)
+        self.idle_limit = idle_limit
+        self.parent = parent
 
     def setup(self, worker: Worker) -> None:
-        """Say that the runner is ready. The worker's status change has gone out before this."""
+        """Take up work. The worker's status change has gone out before this."""
+        self._worker = worker
+        self._loop = asyncio.get_running_loop()
+        self._leaving = False
+        self._had_their_time = False  # the calls that run
+        self._goes: set[asyncio.Task[None]] = set()
+        # Whether the process is there for this runner alone. A cluster may have its workers in the
+        # parent, or in a thread of something else.
+        self._own_process = (
+            not here.is_parent(self.parent)
+            and threading.current_thread() is threading.main_thread()
+        )
+        watch = lifeline.watch if self._own_process else None
+        self._own_guard: Guard | None = None
+        self.terminator = Terminator(
+            self._loop,
+            grace=self.grace,
+            report=self._send,
+            known=worker.state.tasks,
+            count_unlinked=None if watch is None else watch.guard.count_unlinked,
+        )
+        self.processes: CallProcesses | None = None
+        here.arrive(self.parent, str(worker.name))
         internals.hasten(worker.batched_stream)
-        internals.send_to_scheduler(worker, {"what": "ready"})
+        internals.listen_to_scheduler(worker, self.receive)
+        if self.isolation == "process":
+            if watch is None:
+                guard = self._own_guard = Guard()
+            else:
+                guard = watch.guard
+            self.processes = CallProcesses(self.parent, str(worker.name), guard, self.grace)
+        elif self._own_process:
+            offspring.install()
+        self._memory: MemoryWatch | None = None
+        self._undo: list[Callable[[], object]] = []
+        if self._own_process:
+            limit, give_back = internals.take_over_memory(worker)
+            self._undo.append(give_back)
+            if limit is not None:
+                self._memory = MemoryWatch(limit, self.processes, self._is_busy)
+            self._undo.append(signals.take_sigterm(self._loop, self._on_sigterm))
+        if watch is not None:
+            watch.ready(self)
+        if self.processes is None:
+            self._send({"what": "ready"})
+        else:
+            threading.Thread(target=self._warm_up, name="flame-warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        """Have a first process for calls: to start Python must not take part of a call's time."""
+        assert self.processes is not None
+        try:
+            self.processes.warm()
+        except Exception:
+            # Without the word that it is ready the boot fails, at last by its timeout.
+            logger.exception("no process for calls can be had")
+            if self._own_process:
+                offspring.end_process(1)
+        else:
+            self._on_loop(self._send, {"what": "ready"})
+
+    def _is_busy(self) -> bool:
+        return bool(self.terminator.runs)
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def receive(self, what: str, **message: Any) -> None:
+        """Take one message of the host. Never raises: that would cut the stream."""
+        try:
+            match what:
+                case "terminate":
+                    self.terminator.terminate(message["task"], "order")
+                case "ask-idle":
+                    self._ask_idle(message["number"])
+                case "go":
+                    self._on_go(message["force"])
+                case _:
+                    logger.warning("pool %s: unknown message %r", self.pool, what)
+        except Exception:
+            logger.exception("pool %s: message %r of the host", self.pool, what)
+
+    def _send(self, message: Message) -> None:
+        internals.send_to_scheduler(self._worker, message)
+
+    def _on_loop(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have a function called on the event loop; in any thread."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # it is closed, and the runner with it
+            logger.debug("pool %s: too late for %s", self.pool, function)
+
+    # -- the idle check ------------------------------------------------------------------------
+
+    def _ask_idle(self, number: int) -> None:
+        """Have the idle check asked, in a thread: it may take its time (D2)."""
+        answered = False
+
+        def answer(go: bool) -> None:
+            nonlocal answered
+            if not answered:
+                answered = True
+                timer.cancel()
+                self._send({"what": "idle-answer", "number": number, "go": go})
+
+        def give_up() -> None:
+            logger.warning("pool %s: no idle check after %g s", self.pool, self.idle_limit)
+            answer(False)
+
+        def check() -> None:
+            go = False
+            try:
+                assert self.idle_check is not None, "only a pool with an idle check asks it"
+                go = bool(self.idle_check.load()())
+            except Exception:
+                logger.warning("pool %s: the idle check failed", self.pool, exc_info=True)
+            self._on_loop(answer, go)
+
+        timer = self._loop.call_later(self.idle_limit, give_up)
+        threading.Thread(target=check, name="flame-idle-check", daemon=True).start()
+
+    # -- the runner's end ----------------------------------------------------------------------
+
+    def _on_sigterm(self) -> None:
+        """Go, since somebody else says so: an operator, or a cloud that wants its machine back."""
+        if not self._leaving:
+            self._leaving = True
+            self._send({"what": "leaving", "reason": "SIGTERM"})
+            self._start(self._go("SIGTERM"))
+
+    def _on_go(self, force: bool) -> None:
+        """Go, since the parent is gone and can't see to it (G3)."""
+        if not self._own_process:
+            self._start(self._worker.close(reason="its parent is gone"))
+        elif force:
+            offspring.end_process()
+        else:
+            self._start(self._go("its parent is gone"))
+
+    def parent_is_gone(self) -> None:
+        """End what is linked, let the rest go on in its time, and go (G1, G2); in any thread."""
+        # By the worker's close: `teardown` does all this, since that is also what a worker does
+        # whose scheduler was in its parent and has died with it.
+        self._on_loop(lambda: self._start(self._worker.close(reason="its parent is gone")))
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(work)
+        self._goes.add(task)  # the loop itself would forget it
+        task.add_done_callback(self._goes.discard)
+
+    async def _go(self, reason: str) -> None:
+        """Close the worker when its calls are over, or their time is."""
+        await self._finished(self.shutdown_timeout)
+        self._had_their_time = True
+        await self._worker.close(reason=reason)
+
+    async def _finished(self, seconds: float | None) -> None:
+        """Wait until no call runs and none has a result here that is to be fetched yet.
+
+        Those that are being ended don't count: they need not be waited for.
+        """
+        end = float("inf") if seconds is None else self._loop.time() + seconds
+        runs = self.terminator.runs
+        while self.terminator.going_on() or internals.has_work(self._worker, Payload, runs):
+            if self._loop.time() >= end:
+                return
+            await asyncio.sleep(QUIET_PAUSE)
+
+    async def teardown(self, worker: Worker) -> None:
+        """Wind up; awaited by the worker's close, whatever the reason for that.
+
+        Dask has cancelled what it knew of by then. So it is not asked what still runs. It also
+        happens to a worker that goes on without the pool, as one of a cluster that is older.
+        """
+        terminator, moment = self.terminator, self.grace + GRACE_MARGIN
+        if not self._had_their_time:
+            terminator.terminate_all("parent gone", linked_only=True)
+            await terminator.quiet(self.shutdown_timeout, unlinked_only=True)
+        terminator.terminate_all("parent gone")
+        quiet = await terminator.quiet(moment)
+        if self._memory is not None:
+            await self._in_thread(self._memory.close)
+        if self.processes is not None:
+            await self._in_thread(self.processes.close)
+            quiet = await terminator.quiet(GRACE_MARGIN)
+        terminator.close()
+        for undo in self._undo:
+            undo()
+        if self._own_process and internals.is_closing(worker):
+            if not quiet:
+                # A thread that can't be ended: the worker would wait for it.
+                logger.warning("pool %s: a call can't be ended: the runner is killed", self.pool)
+                offspring.end_process()
+            offspring.end_process_after(LAST_RESORT)
+        elif self._own_guard:
+            self._own_guard.close()
+        if not here.is_parent(self.parent):
+            here.depart()
+
+    async def _in_thread(self, function: Callable[[], None]) -> None:
+        thread = threading.Thread(target=function, name="flame-close", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            await asyncio.sleep(QUIET_PAUSE)

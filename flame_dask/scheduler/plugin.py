@@ -24,15 +24,18 @@ from typing import TYPE_CHECKING, Any
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from flame_dask import dask_internals as internals
+from flame_dask.constants import LAST_RESORT
 from flame_dask.core import events as ev
 from flame_dask.core import instructions as do
 from flame_dask.core.backoff import Backoff
 from flame_dask.core.events import BootProblem, Event, Limits, PoolOptionsView
 from flame_dask.core.instructions import Instruction
 from flame_dask.core.pool import PoolState
-from flame_dask.errors import BootError, CallTimeout, FlameError, PoolClosed, RunnerLost
+from flame_dask.errors import CallTimeout, FlameError, PoolClosed, RunnerLost
 from flame_dask.payload import Payload
-from flame_dask.runner.execution import run_call, run_call_async
+from flame_dask.runner.execution import Terms, run_call, run_call_async
+from flame_dask.scheduler.calls import HostCall, boot_error, timeout_error
+from flame_dask.scheduler.inquest import Inquest, Verdict
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -42,44 +45,10 @@ logger = logging.getLogger("flame_dask.scheduler")
 #: A scheduler that has no running worker of this address: a task pinned to it can't start.
 NOWHERE = "flame://nowhere"
 
+#: What the core is told a runner died of, as long as the backend has not said (F2).
+UNKNOWN = "lost"
+
 Message = dict[str, Any]
-
-
-class HostCall:
-    """What the host knows of a call, beyond what the core does."""
-
-    __slots__ = (
-        "address",
-        "answered",
-        "asynchronous",
-        "client",
-        "delivering",
-        "inputs",
-        "keep",
-        "key",
-        "payload",
-    )
-
-    def __init__(
-        self,
-        key: str,
-        client: str,
-        payload: Payload,
-        inputs: dict[str, Payload] | None,
-        keep: bool,
-        asynchronous: bool,
-    ) -> None:
-        self.key = key
-        self.client = client
-        self.payload: Payload | None = payload
-        # The values of futures among the arguments.
-        self.inputs = inputs
-        self.keep = keep
-        self.asynchronous = asynchronous
-        self.address: str | None = None
-        self.delivering = False
-        # Its caller has been told of an end, or is gone: nothing more is sent to it.
-        self.answered = False
 
 
 class FlameScheduler(SchedulerPlugin):
@@ -95,18 +64,32 @@ class FlameScheduler(SchedulerPlugin):
         When failed boots are tried again.
     inline_limit
         Results of at most so many bytes travel with the completion of their task.
+    own_thread
+        Whether ``async def`` functions run like any other, not on the runner's event loop: they
+        can't if each call has a process of its own.
+    owns_scheduler
+        Whether the scheduler is there for this pool alone, in a process of its own, and has to end
+        when the parent is gone (G3).
     """
 
     name = "flame"
     idempotent = False
 
     def __init__(
-        self, pool: str, options: PoolOptionsView, backoff: Backoff, inline_limit: int
+        self,
+        pool: str,
+        options: PoolOptionsView,
+        backoff: Backoff,
+        inline_limit: int,
+        own_thread: bool = False,
+        owns_scheduler: bool = False,
     ) -> None:
         self.pool = pool
         self.options = options
         self.backoff = backoff
         self.inline_limit = inline_limit
+        self.own_thread = own_thread
+        self.owns_scheduler = owns_scheduler
 
     async def start(self, scheduler: Scheduler) -> None:
         """Take up work on a scheduler; called by it, or by a parent in the same process."""
@@ -117,15 +100,21 @@ class FlameScheduler(SchedulerPlugin):
         self.sinks: dict[str, Callable[[Message], None]] = {}
         self.parent: str | None = None
         self.calls: dict[str, HostCall] = {}
+        # By the keys of their tasks: calls that are on a runner.
+        self.tasks: dict[str, HostCall] = {}
         self.address_of: dict[str, str] = {}
         self.runner_at: dict[str, str] = {}
         self._events: deque[Event] = deque()
         self._busy = False
-        self._over: list[HostCall] = []
+        self._over: list[tuple[HostCall, str]] = []
         self._flushing = False
         self._timer: TimerHandle | None = None
         self._timer_due = float("inf")
         self._loop = scheduler.loop.asyncio_loop  # type: ignore[attr-defined]
+        self._inquest: Inquest[HostCall] = Inquest(self._loop, self._lose)
+        # The parent is gone: nobody starts and stops runners any more (G3).
+        self._orphaned = False
+        self._closed = False
         self._handlers: dict[str, Callable[..., None]] = {
             "call": self._on_call,
             "release": self._on_release,
@@ -136,6 +125,10 @@ class FlameScheduler(SchedulerPlugin):
             "ended": self._on_ended,
             "stopped": self._on_stopped,
             "ready": self._on_ready,
+            "leaving": self._on_leaving,
+            "idle-answer": self._on_idle_answer,
+            "terminated": self._on_terminated,
+            "call-lost": self._on_call_lost,
         }
         internals.listen_to_streams(scheduler, self.receive)
         scheduler.handlers["flame"] = self.answer
@@ -145,6 +138,7 @@ class FlameScheduler(SchedulerPlugin):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._inquest.close()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -201,28 +195,47 @@ class FlameScheduler(SchedulerPlugin):
         priority: int,
         keep: bool,
         asynchronous: bool,
+        link: bool,
+        retries: int,
         inputs: dict[str, Payload] | None = None,
     ) -> None:
-        self.calls[key] = HostCall(key, client, payload, inputs, keep, asynchronous)
-        self._tell(ev.CallSubmitted(key, Limits(*limits), priority))
+        call = HostCall(key, client, payload, inputs, keep, asynchronous, link, retries)
+        _, run, total = limits
+        call.limit = run if total is None else total
+        self.calls[key] = call
+        self._tell(ev.CallSubmitted(key, Limits(*limits), priority, retries))
 
     def _on_release(self, client: str, keys: list[str]) -> None:
         for key in keys:
             call = self.calls.get(key)
-            if call is None:
-                continue
-            call.answered = True
-            if call.delivering:
-                self._end(call)
-            else:
-                self._tell(ev.CallReleased(key))
-                if key not in self.core.calls:
-                    del self.calls[key]
+            if call is not None:
+                self._release(call)
 
-    def _on_delivered(self, client: str, key: str) -> None:
-        call = self.calls.get(key)
-        if call is not None:
+    def _release(self, call: HostCall) -> None:
+        """Let a call go whose caller is gone, or has its answer."""
+        call.answered = True
+        if call.delivering:
             self._end(call)
+        else:
+            self._tell(ev.CallReleased(call.key))
+            if call.key not in self.core.calls:
+                self.calls.pop(call.key, None)
+
+    def _on_delivered(self, client: str, key: str, task: str, lost: bool = False) -> None:
+        """Take note that a large result has been fetched, or can't be."""
+        call = self.calls.get(key)
+        if call is None:
+            return
+        delivering = call.delivering and call.task == task
+        if delivering and lost:
+            call.delivering = False
+            self._drop_task(call)
+            self._tell(ev.CallLost(key, "unreachable"))
+        elif delivering:
+            self._end(call)
+        elif not lost:
+            # Its runner was lost while the result was on its way, and the call waits or runs anew.
+            self._release(call)
 
     def _on_ended(
         self,
@@ -230,15 +243,30 @@ class FlameScheduler(SchedulerPlugin):
         runner: str,
         phase: str,
         cause: str,
+        loss: str | None,
         exit_code: int | None,
         log_tail: list[str],
     ) -> None:
         """Take note: a runner ended by itself, or never started, and nothing of it is left."""
+        self._inquest.found(runner, Verdict.of(loss, exit_code))
+        known = self.core.runners.get(runner)
+        if known is not None and known.state in ("ready", "draining"):
+            self._tell(ev.RunnerLost(runner, UNKNOWN))  # remove_worker follows
         problem = BootProblem(phase, cause, tuple(log_tail))
         self._tell(ev.BootFailed(runner, problem))
 
-    def _on_stopped(self, client: str, runner: str, log_tail: list[str]) -> None:
-        self._tell(ev.RunnerStopped(runner, tuple(log_tail)))
+    def _on_stopped(
+        self,
+        client: str,
+        runner: str,
+        cause: str,
+        loss: str | None,
+        exit_code: int | None,
+        log_tail: list[str],
+    ) -> None:
+        self._inquest.found(runner, Verdict.of(loss, exit_code))
+        said = cause if loss is not None else ""
+        self._tell(ev.RunnerStopped(runner, tuple(log_tail), said))
 
     # -- from the runners ----------------------------------------------------------------------
 
@@ -246,6 +274,40 @@ class FlameScheduler(SchedulerPlugin):
         runner = self.runner_at.get(worker)
         if runner is not None:
             self._tell(ev.RunnerReady(runner))
+
+    def _on_leaving(self, worker: str, reason: str) -> None:
+        runner = self.runner_at.get(worker)
+        if runner is not None:
+            self._tell(ev.RunnerLeaving(runner, reason))
+
+    def _on_idle_answer(self, worker: str, number: int, go: bool) -> None:
+        runner = self.runner_at.get(worker)
+        if runner is not None:
+            self._tell(ev.IdleAnswer(runner, number, go))
+
+    def _on_terminated(self, worker: str, task: str, how: str, reason: str) -> None:
+        """Take note that the work of a call has been ended; its task is over in a moment (E3)."""
+        call = self.tasks.get(task)
+        if call is None:
+            return
+        call.how = how
+        if reason == "order" or call.answered:
+            return
+        if reason == "deadline":  # the runner's own clock was the faster one
+            limit = call.limit or 0.0
+            self._fail(call, CallTimeout("running", running=limit, limit=limit, call=call.key))
+        else:
+            runner = self.runner_at.get(worker)
+            self._fail(call, RunnerLost("unreachable", runner=runner, call=call.key))
+
+    def _on_call_lost(
+        self, worker: str, task: str, cause: str, exit_code: int | None, signal: int | None
+    ) -> None:
+        """Take note that a call's own process died; its runner lives on."""
+        call = self.tasks.get(task)
+        if call is not None:
+            self._drop_task(call)
+            self._tell(ev.CallLost(call.key, cause, exit_code, signal))
 
     # -- scheduler hooks -----------------------------------------------------------------------
 
@@ -268,20 +330,64 @@ class FlameScheduler(SchedulerPlugin):
         back, so Dask starts none of them anew (F1).
         """
         runner = self.runner_at.pop(worker, None)
-        if runner is not None:
-            del self.address_of[runner]
-            self._tell(ev.RunnerLost(runner, "exited"))
-            # The core has answered for those whose callers still waited.
-            left = [key for key, call in self.calls.items() if call.address == worker]
-            for key in left:
-                del self.calls[key]
-            internals.forget_tasks(scheduler, left, self.owner, stimulus_id)
+        if runner is None:
+            return
+        del self.address_of[runner]
+        for call, _ in self._over:
+            if call.address == worker:
+                # It has its answer, and must not be started anew with those that are lost.
+                self._tell(ev.CallReleased(call.key))
+        left = [task for task, call in self.tasks.items() if call.address == worker]
+        for task in left:
+            call = self.tasks.pop(task)
+            call.task, call.delivering = None, False
+        internals.forget_tasks(scheduler, left, self.owner, stimulus_id)
+        # The core answers for those whose callers still wait, or starts them anew (retries).
+        self._tell(ev.RunnerLost(runner, UNKNOWN))
+        for key in [key for key in self.calls if key not in self.core.calls]:
+            del self.calls[key]
+        if self._orphaned:
+            self._tell(ev.RunnerStopped(runner))
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
-        """Let the calls of a client that is gone go too (G1)."""
+        """Let the calls of a client that is gone go too, if they are linked (G1)."""
         self.sinks.pop(client, None)
-        mine = [call.key for call in self.calls.values() if call.client == client]
-        self._on_release(client, mine)
+        for call in [call for call in self.calls.values() if call.client == client]:
+            if call.link:
+                self._release(call)
+            call.answered = True
+        if client == self.parent and not self._closed:
+            self._be_orphaned()
+
+    def parent_is_gone(self) -> None:
+        """Take note of it though no client may have left: one that had not opened the pool yet."""
+        if self._closed:
+            self._close_scheduler()
+        elif not self._orphaned:
+            self._be_orphaned()
+
+    def _be_orphaned(self) -> None:
+        """Wind the pool up without its parent: nobody else will (G3)."""
+        logger.info("pool %s: its parent is gone", self.pool)
+        self.parent = None
+        self._orphaned = True
+        self._tell(ev.Close())
+        for runner in [r.id for r in self.core.runners.values() if r.state == "stopping"]:
+            self._send_away(runner, force=True)
+        limit = self.options.shutdown_timeout
+        if self.owns_scheduler and limit is not None:
+            # Whatever becomes of the runners: they see to their own end, too.
+            self._loop.call_later(limit + LAST_RESORT, self._close_scheduler)
+
+    def _send_away(self, runner: str, force: bool) -> None:
+        """Have a runner end itself. One that has no address yet does so when its parent goes."""
+        address = self.address_of.get(runner)
+        message = {"what": "go", "force": force}
+        if address is None or not internals.send_to_worker(self.scheduler, address, message):
+            self._tell(ev.RunnerStopped(runner))
+
+    def _close_scheduler(self) -> None:
+        internals.close_scheduler(self.scheduler)
 
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
@@ -289,7 +395,7 @@ class FlameScheduler(SchedulerPlugin):
         """Deliver what a task of ours has come to."""
         if start != "processing":
             return
-        call = self.calls.get(key)
+        call = self.tasks.get(key)
         if call is None:
             return
         if finish == "memory":
@@ -299,16 +405,26 @@ class FlameScheduler(SchedulerPlugin):
         elif finish == "erred":
             if not call.answered:
                 exception, trace = kwargs.get("exception"), kwargs.get("traceback")
-                message = {"what": "failed", "key": key, "exception": exception, "traceback": trace}
+                message = {
+                    "what": "failed",
+                    "key": call.key,
+                    "exception": exception,
+                    "traceback": trace,
+                }
                 self._send(call.client, message)
+                call.answered = True
             self._end(call)
-        elif call not in self._over:
+        elif (call, key) not in self._over:
             # Rescheduled: by the task itself, or because its worker is closing. It has started
             # once, so it must not start again, here or elsewhere (F1).
             self.scheduler.tasks[key].worker_restrictions = {NOWHERE}
-            runner = self.runner_at.get(str(call.address))
-            self._fail(call, RunnerLost("exited", runner=runner, call=key))
-            self._end(call)
+            self._loop.call_soon(self._rescheduled, call, key)
+
+    def _rescheduled(self, call: HostCall, task: str) -> None:
+        if self.tasks.get(task) is call:
+            self._terminate(call, "rescheduled")  # its runner may live on, and the work with it
+            self._drop_task(call)
+            self._tell(ev.CallLost(call.key, "preempted"))
 
     def _deliver(self, call: HostCall, kwargs: dict[str, Any]) -> None:
         metadata = kwargs.get("metadata") or {}
@@ -317,15 +433,18 @@ class FlameScheduler(SchedulerPlugin):
             self._end(call)
         elif result is not None or not call.keep:
             self._send(call.client, {"what": "result", "key": call.key, "result": result})
+            call.answered = True
             self._end(call)
         else:
             # Too large to pass through here: the caller fetches it, the slot is taken until then.
             call.delivering = True
-            message = {"what": "fetch", "key": call.key, "address": call.address}
-            self._send(call.client, message)
+            message = {"what": "fetch", "key": call.key, "task": call.task}
+            self._send(call.client, {**message, "address": call.address})
 
     def _end(self, call: HostCall) -> None:
-        self._over.append(call)
+        """Note that the present run of a call is over."""
+        assert call.task is not None, "only a call with a task has anything to end"
+        self._over.append((call, call.task))
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -334,10 +453,20 @@ class FlameScheduler(SchedulerPlugin):
         """Forget the tasks that are over, and give their slots back."""
         over, self._over = self._over, []
         self._flushing = False
-        keys = [call.key for call in over if self.calls.pop(call.key, None) is not None]
-        internals.forget_tasks(self.scheduler, keys, self.owner, f"flame-over-{time.time()}")
-        for key in keys:
-            self._tell(ev.CallEnded(key))
+        # What a runner's loss has overtaken in between is no longer among the tasks.
+        over = [(call, task) for call, task in over if self.tasks.pop(task, None) is not None]
+        tasks = [task for _, task in over]
+        internals.forget_tasks(self.scheduler, tasks, self.owner, f"flame-over-{time.time()}")
+        for call, _ in over:
+            self.calls.pop(call.key, None)
+            self._tell(ev.CallEnded(call.key, call.how))
+
+    def _drop_task(self, call: HostCall) -> None:
+        """Let go of the task of a call that has lost its work, not its runner."""
+        if call.task is not None and self.tasks.pop(call.task, None) is not None:
+            stimulus = f"flame-drop-{time.time()}"
+            internals.forget_tasks(self.scheduler, [call.task], self.owner, stimulus)
+        call.task = None
 
     # -- the core ------------------------------------------------------------------------------
 
@@ -380,21 +509,24 @@ class FlameScheduler(SchedulerPlugin):
                 if runner in self.address_of:
                     address = self.address_of[runner]
                     internals.cordon_worker(self.scheduler, address, f"flame-drain-{runner}")
-            case do.Stop(runner, reason):
-                self._send_parent({"what": "stop", "runner": runner, "reason": reason})
+            case do.Stop(runner, reason, force):
+                if self._orphaned:
+                    self._send_away(runner, force)
+                else:
+                    message = {"what": "stop", "runner": runner, "reason": reason, "force": force}
+                    self._send_parent(message)
             case do.Expired():
                 self._expired(instruction)
             case do.Refused(call):
                 self._refuse(call, PoolClosed(self.pool))
             case do.Lost(call, runner, cause, exit_code, signal):
-                error = RunnerLost(
-                    cause,  # type: ignore[arg-type]  # the core's word is one of the causes
-                    exit_code=exit_code,
-                    signal=signal,
-                    runner=runner,
-                    call=call,
-                )
-                self._refuse(call, error)
+                self._lost(call, runner, Verdict(cause, exit_code, signal))
+            case do.Requeued(call):
+                # It has another task when it has a slot again.
+                self._drop_task(self.calls[call])
+            case do.AskIdle(runner, number):
+                message = {"what": "ask-idle", "number": number}
+                internals.send_to_worker(self.scheduler, self.address_of[runner], message)
             case do.Scaled(kind, runner, count, reason, problem):
                 self._send_parent(
                     {
@@ -411,19 +543,33 @@ class FlameScheduler(SchedulerPlugin):
             case do.OpenFailed(problem):
                 self._send_parent({"what": "open-failed", "error": boot_error(problem)})
             case do.CloseDone():
+                self._closed = True
                 self._send_parent({"what": "closed"})
-            case do.Terminate():
-                pass  # a thread can't be ended yet: the lease lasts until it ends by itself
+                if self._orphaned and self.owns_scheduler:
+                    self._close_scheduler()
+            case do.Terminate(call, runner, reason):
+                self._terminate(self.calls[call], reason)
 
     def _start(self, call: HostCall, runner: str) -> None:
-        call.address = address = self.address_of[runner]
-        run = run_call_async if call.asynchronous else run_call
-        limit = self.inline_limit if call.keep else -1
-        spec = internals.make_task(call.key, run, call.payload, call.inputs, call.key, limit)
-        call.payload = call.inputs = None
+        address = self.address_of[runner]
+        task = call.begin(address)
+        self.tasks[task] = call
+        on_loop = call.asynchronous and not self.own_thread
+        terms = Terms(
+            call.key,
+            task,
+            self.inline_limit if call.keep else -1,
+            call.limit,
+            call.link,
+            call.asynchronous,
+        )
+        run = run_call_async if on_loop else run_call
+        spec = internals.make_task(task, run, call.payload, call.inputs, terms)
+        if call.runs > call.retries:
+            call.payload = call.inputs = None
         internals.place_task(
             self.scheduler,
-            key=call.key,
+            key=task,
             spec=spec,
             address=address,
             owner=self.owner,
@@ -431,19 +577,16 @@ class FlameScheduler(SchedulerPlugin):
             stimulus_id=f"flame-start-{time.time()}",
         )
 
+    def _terminate(self, call: HostCall, reason: str) -> None:
+        """Have the work of a call ended (E3)."""
+        if call.delivering:
+            self._end(call)  # it has run: only its result is still there
+        elif call.task is not None and call.address is not None:
+            message = {"what": "terminate", "task": call.task, "reason": reason}
+            internals.send_to_worker(self.scheduler, call.address, message)
+
     def _expired(self, news: do.Expired) -> None:
-        problem = news.boot_problem
-        error = CallTimeout(
-            news.phase,  # type: ignore[arg-type]  # the core's word is one of the phases
-            queued=news.queued,
-            booting=news.booting,
-            running=news.running,
-            limit=news.limit,
-            call=news.call,
-            boot_error=None if problem is None else boot_error(problem),
-        )
-        call = self.calls[news.call]
-        self._fail(call, error)
+        self._fail(self.calls[news.call], timeout_error(news))
         if news.phase != "running":
             del self.calls[news.call]
 
@@ -452,22 +595,31 @@ class FlameScheduler(SchedulerPlugin):
         call = self.calls.pop(key, None)
         if call is not None:
             self._fail(call, error)
-            if call.address is not None:
-                stimulus = f"flame-refuse-{time.time()}"
-                internals.forget_tasks(self.scheduler, [key], self.owner, stimulus)
+            self._drop_task(call)
+
+    def _lost(self, key: str, runner: str, verdict: Verdict) -> None:
+        """Answer for a call that was lost, as soon as it is known how."""
+        call = self.calls.pop(key, None)
+        if call is None:
+            return
+        self._drop_task(call)
+        if verdict.cause == UNKNOWN:
+            self._inquest.lost(runner, call)
+        else:
+            self._lose(call, runner, verdict)
+
+    def _lose(self, call: HostCall, runner: str, verdict: Verdict) -> None:
+        error = RunnerLost(
+            verdict.cause,  # type: ignore[arg-type]  # one of the causes
+            exit_code=verdict.exit_code,
+            signal=verdict.signal,
+            runner=runner,
+            call=call.key,
+        )
+        self._fail(call, error)
 
     def _fail(self, call: HostCall, error: FlameError) -> None:
         if call.answered:
             return
         call.answered = True
         self._send(call.client, {"what": "error", "key": call.key, "error": error})
-
-
-def boot_error(problem: BootProblem) -> BootError:
-    """Return the exception that tells of a failed boot."""
-    return BootError(
-        problem.phase,
-        cause=str(problem.cause),
-        log_tail=problem.log_tail,
-        attempts=problem.attempts,
-    )

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def test_a3_in_environment_variables(tmp_path: Path) -> None:
         timeout=40,
         check=True,
     )
-    assert done.stdout.split() == ["5", "300.0", "SubprocessScheduler"]
+    assert done.stdout.split() == ["5", "300.0", "SchedulerProcess"]
 
 
 def test_a1_environment_of_the_runners(
@@ -370,12 +370,12 @@ class Minimal:
         await self.workers[runner].finished()
         return Ending()
 
-    async def stop(self, runner: str) -> Sequence[str]:
+    async def stop(self, runner: str, *, force: bool = False) -> Ending:
         self.calls.append("stop")
         worker = self.workers.pop(runner, None)
         if worker is not None:
             await worker.close()
-        return ()
+        return Ending()
 
     def close(self, cluster: Any) -> Any:
         self.calls.append("close")

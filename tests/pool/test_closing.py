@@ -261,7 +261,7 @@ def test_e4_futures_of_a_closed_pool(
     gc.collect()
 
 
-def test_a6_a_closed_name_can_be_used_again(make_pool: MakePool, backend: Any) -> None:
+def test_a6_a_closed_name_can_be_used_again(make_pool: MakePool) -> None:
     for _ in range(2):
         with make_pool("again", max=1) as pool:
             assert get_pool("again") is pool

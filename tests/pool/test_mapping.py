@@ -128,10 +128,9 @@ def test_b4_map_leaving_early_ends_what_is_under_way(
     else:
         with pytest.raises(ValueError, match="stop"):
             next(results)
-    until(lambda: pool.status().waiters == 0)
     until(lambda: not pool._desk._open)
-    counters = pool.status().counters
-    assert counters["released"] >= 1
+    until(lambda: pool.status().counters["released"] >= 1)
+    until(lambda: pool.status().waiters == 0)
     gate.touch()
     until(lambda: pool.status().leases == 0)
 

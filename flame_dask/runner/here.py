@@ -1,0 +1,103 @@
+"""Where a program is: in a runner of a pool, or not (A7)."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+#: Tells this process from all others, also from one that has its pid later.
+_PROCESS: Final = uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a runner knows of the process that started it.
+
+    Attributes
+    ----------
+    pool
+        The name of the pool.
+    runner
+        The id of the runner that this is.
+    backend
+        Where runners come from: the name of the cluster class.
+    versions
+        The parent's versions: of ``python``, ``dask``, ``distributed`` and ``flame_dask``.
+    """
+
+    pool: str
+    runner: str
+    backend: str
+    versions: Mapping[str, str]
+
+
+class ParentInfo(NamedTuple):
+    """What a parent tells its runners of itself; :func:`describe` makes it."""
+
+    pool: str
+    backend: str
+    versions: dict[str, str]
+    process: str
+
+
+_parent: Parent | None = None
+
+
+def describe(pool: str, backend: str) -> ParentInfo:
+    """Say what runners are to know of this process.
+
+    Parameters
+    ----------
+    pool
+        The name of the pool.
+    backend
+        The name of its cluster class.
+    """
+    versions = {"python": platform.python_version()}
+    for module in ("dask", "distributed", "flame_dask"):
+        versions[module] = str(sys.modules[module].__version__)
+    return ParentInfo(pool, backend, versions, _PROCESS)
+
+
+def is_parent(info: ParentInfo | None) -> bool:
+    """Tell whether this process is the parent itself: a cluster may have its workers in it."""
+    return info is not None and info.process == _PROCESS
+
+
+def arrive(info: ParentInfo | None, runner: str) -> None:
+    """Take note that this process is a runner, unless it is the parent itself."""
+    global _parent  # noqa: PLW0603  # there is one such thing a process
+    if info is not None and not is_parent(info):
+        _parent = Parent(info.pool, runner, info.backend, info.versions)
+
+
+def depart() -> None:
+    """Take note that this process is no runner any more."""
+    global _parent  # noqa: PLW0603
+    _parent = None
+
+
+def parent() -> Parent | None:
+    """Say whether this is a runner, and of which pool (A7).
+
+    An application can so leave out in a runner what only its parent needs, such as a web server.
+
+    Returns
+    -------
+    Parent or None
+        In a runner, also in threads and processes that run its calls, what it knows of its
+        parent; ``None`` everywhere else.
+
+    Examples
+    --------
+    >>> parent() is None
+    True
+    """
+    return _parent
+
+
+__all__ = ["Parent", "ParentInfo", "arrive", "depart", "describe", "is_parent", "parent"]

@@ -1,0 +1,145 @@
+"""The nursery: a small program that forks a process for each call that wants one of its own.
+
+A runner can't fork by itself, for it has threads. And to start Python and import Dask for each
+process takes half a second, where a fork takes a few milliseconds and shares what it can.
+
+``multiprocessing`` has the same thing, its "forkserver". That one gives processes no group of their
+own, runs the ``__main__`` of the runner in them, listens at a socket in the file system whose path
+must not be long and which a killed runner leaves behind, and has a second process besides. Here
+each request is a byte on a socket pair, along with the descriptors that the new process is to have.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from contextlib import suppress
+from typing import Any, Final
+
+from flame_dask.runner import here, wire
+from flame_dask.runner.execution import CallRaised, work
+
+#: How a process has ended, as the nursery tells it: an exit code, or a negative signal.
+STATUS: Final = struct.Struct("=i")
+
+#: The one request to the nursery.
+FORK: Final = b"f"
+
+
+def main(descriptor: int) -> None:
+    """Fork processes on request, until the runner is gone.
+
+    Parameters
+    ----------
+    descriptor
+        The socket that leads to the runner.
+    """
+    waker, wake = socket.socketpair()
+    for end in (waker, wake):
+        end.setblocking(False)
+    # A runner's signals are for the runner to deal with.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    gc.collect()
+    gc.freeze()  # the forked processes would copy these pages for nothing
+    control = socket.socket(fileno=descriptor)
+    with waker, wake, control, selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ)
+        selector.register(waker, selectors.EVENT_READ)
+        children: dict[int, int] = {}  # by pid: where their end is told
+        while True:
+            ready = {key.fileobj for key, _ in selector.select()}
+            if waker in ready:
+                with suppress(BlockingIOError):
+                    waker.recv(4096)
+                _reap(children)
+            if control in ready:
+                # One request at a time: a read stops where descriptors come along.
+                request, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+                if not request:
+                    break
+                conn, status = descriptors
+                # What calls start must not hold them: their end would not show.
+                os.set_inheritable(conn, False)
+                os.set_inheritable(status, False)
+                unused = [selector.fileno(), descriptor, waker.fileno(), wake.fileno()]
+                pid = os.fork()
+                if pid == 0:
+                    _become_call_process(conn, [*unused, status, *children.values()])
+                with suppress(ProcessLookupError, PermissionError):
+                    os.setpgid(pid, pid)  # whoever is first: the child does it, too
+                os.close(conn)
+                children[pid] = status
+        for pid in children:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        signal.set_wakeup_fd(-1)
+
+
+def _reap(children: dict[int, int]) -> None:
+    for pid in list(children):
+        try:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            ended, status = pid, 0
+        if ended:
+            pipe = children.pop(pid)
+            with suppress(BrokenPipeError):  # the runner has lost interest
+                os.write(pipe, STATUS.pack(os.waitstatus_to_exitcode(status)))
+            os.close(pipe)
+
+
+def _become_call_process(conn: int, unused: list[int]) -> None:
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for descriptor in unused:
+            os.close(descriptor)
+        _serve(socket.socket(fileno=conn))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(code)
+
+
+def _serve(conn: socket.socket) -> None:
+    """Run calls, one after the other, until the runner is gone."""
+    with conn, conn.makefile("rb") as stream, suppress(EOFError):
+        path, info, runner = wire.receive(stream)
+        sys.path[:] = path
+        here.arrive(info, runner)
+        wire.send(conn, os.getpid())
+        while True:
+            request = wire.receive(stream)
+            wire.send(conn, _answer(*request))
+            # What was pickled in it need not wait for the next call.
+            del request
+
+
+def _answer(payload: Any, inputs: Any, terms: Any) -> tuple[bool, Any]:
+    try:
+        return True, work(payload, inputs, terms)
+    except CallRaised as error:
+        return False, error.args
+    finally:
+        _flush()  # it may be killed at any moment
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # a call may have put anything there
+            stream.flush()

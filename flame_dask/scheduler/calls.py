@@ -1,0 +1,111 @@
+"""A call, as the host of a pool knows it, and the errors that the host makes of the core's news."""
+
+from __future__ import annotations
+
+from flame_dask.core import instructions as do
+from flame_dask.core.events import BootProblem
+from flame_dask.errors import BootError, CallTimeout
+from flame_dask.payload import Payload
+
+
+class HostCall:
+    """What the host knows of a call, beyond what the core does.
+
+    Parameters
+    ----------
+    key
+        The call's id.
+    client
+        The Dask client that it came from.
+    payload, inputs
+        The call, and the values of futures among its arguments.
+    keep
+        Whether its result is wanted.
+    asynchronous
+        Whether its function is an ``async def``.
+    link
+        Whether it ends with its client (G1).
+    retries
+        How often it may be started anew when its runner is lost (F1).
+    """
+
+    __slots__ = (
+        "address",
+        "answered",
+        "asynchronous",
+        "client",
+        "delivering",
+        "how",
+        "inputs",
+        "keep",
+        "key",
+        "limit",
+        "link",
+        "payload",
+        "retries",
+        "runs",
+        "task",
+    )
+
+    def __init__(
+        self,
+        key: str,
+        client: str,
+        payload: Payload,
+        inputs: dict[str, Payload] | None,
+        keep: bool,
+        asynchronous: bool,
+        link: bool,
+        retries: int,
+    ) -> None:
+        self.key = key
+        self.client = client
+        # Both are let go of when they have been sent for the last time.
+        self.payload: Payload | None = payload
+        self.inputs = inputs
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.link = link
+        self.retries = retries
+        self.runs = 0
+        # The key of its Dask task: each run has its own, so that news of an earlier one is known
+        # as such (F1).
+        self.task: str | None = None
+        self.address: str | None = None
+        self.limit: float | None = None
+        self.delivering = False
+        # How its work was ended, if it was (E3).
+        self.how = ""
+        # Its caller has been told of an end, or is gone: nothing more is sent to it.
+        self.answered = False
+
+    def begin(self, address: str) -> str:
+        """Note a new run on the runner at this address; return the key of its task."""
+        self.runs += 1
+        self.address = address
+        self.task = self.key if self.runs == 1 else f"{self.key}-{self.runs}"
+        return self.task
+
+
+def boot_error(problem: BootProblem) -> BootError:
+    """Return the exception that tells of a failed boot."""
+    return BootError(
+        problem.phase,
+        cause=str(problem.cause),
+        log_tail=problem.log_tail,
+        attempts=problem.attempts,
+    )
+
+
+def timeout_error(news: do.Expired) -> CallTimeout:
+    """Return the exception that tells of a call whose time is up (E2)."""
+    problem = news.boot_problem
+    return CallTimeout(
+        news.phase,  # type: ignore[arg-type]  # the core's word is one of the phases
+        queued=news.queued,
+        booting=news.booting,
+        running=news.running,
+        limit=news.limit,
+        call=news.call,
+        boot_error=None if problem is None else boot_error(problem),
+    )
