@@ -10,6 +10,9 @@ RUNNER_FOLDER: Final = "FLAME_RUNNER_FOLDER"
 #: Environment variable: the seconds within which a runner has to be ready; absent is no limit.
 BOOT_TIMEOUT: Final = "FLAME_BOOT_TIMEOUT"
 
+#: How the environment variables begin that are for a runner's own part of Dask, not for its calls.
+ENVIRONMENT: Final = ("DASK_DISTRIBUTED__COMM__", "DASK_DISTRIBUTED__WORKER__PRELOAD")
+
 #: Exit code of a runner that has run out of memory.
 OOM_EXIT: Final = 86
 

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, NamedTuple
 import cloudpickle
 import dask.config
 from dask.utils import parse_timedelta
+from distributed.security import Security
 
 from flame_dask.errors import HIDDEN, PoolOptionsError, shown
 
@@ -56,6 +57,11 @@ _bool = _needs("True or False", lambda value: isinstance(value, bool))
 _hook = _needs("a function, or None", lambda value: value is None or callable(value))
 _name = _needs("a text that is not empty", _is_text)
 _host = _needs("an address as a text, or None", lambda value: value is None or _is_text(value))
+_security = _needs(
+    "distributed.Security(require_encryption=True, tls_ca_file=..., ...), or leave it out: the "
+    "pool makes certificates of its own where it needs them",
+    lambda value: value is None or (isinstance(value, Security) and value.require_encryption),
+)
 _dict = _needs("a mapping, or None", lambda value: value is None or isinstance(value, Mapping))
 
 
@@ -154,7 +160,7 @@ _CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
     "env": _env,
     "log": _bool,
     "asynchronous": _bool,
-    "security": _any,
+    "security": _security,
     "scheduler": _one_of("parent", "remote", None),
     "host": _host,
     "contact_address": _host,
@@ -191,10 +197,6 @@ NOT_YET: Final[dict[str, NotYet]] = {
     "track_resources": _OFF,
     "log": _OFF,
     "code_sync": _unless_none("leave it out, and install your code where the runners are"),
-    "security": _unless_none("leave it out, and keep runners in a network that you trust"),
-    "scheduler": _unless_none("leave it out, so that the backend decides"),
-    "host": _unless_none("leave it out, or give it to the backend: (class, {options})"),
-    "contact_address": _unless_none("leave it out, or give it to the backend: (class, {options})"),
 }
 """Values of pool options that are part of the contract but refused in this version, by field."""
 

@@ -52,7 +52,7 @@ SCRATCH = "dask-scratch-space"
 SCRATCH_LOCKS = {"global.lock", "purge.lock"}
 
 #: Where tests open pools, or run programs that do.
-FOLDERS_WITH_POOLS = frozenset({"pool", "e2e", "conformance", "runner"})
+FOLDERS_WITH_POOLS = frozenset({"backends", "pool", "e2e", "conformance", "runner"})
 
 #: Sockets that the kernel, and pools of connections that Dask closes lazily, may still hold.
 DESCRIPTORS_SPARE = 4

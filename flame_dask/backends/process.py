@@ -24,7 +24,9 @@ from typing import Any, Final
 import psutil
 from distributed import SpecCluster
 from distributed.deploy.subprocess import Subprocess, SubprocessScheduler, SubprocessWorker
+from distributed.security import Security
 
+from flame_dask.backends import secure
 from flame_dask.backends.base import Ending
 from flame_dask.constants import BOOT_TIMEOUT, OOM_EXIT, RUNNER_FOLDER
 from flame_dask.system import is_running, kernel_kills
@@ -246,14 +248,22 @@ class SchedulerProcess(OwnProcess, SubprocessScheduler):
         Options of :class:`distributed.Scheduler`.
     timeout
         Seconds for it to tell its address.
+    env
+        Environment variables in addition to the parent's.
     """
 
     # As for the workers, only its complaints.
     _worth = staticmethod(lambda line: " - INFO - " not in line)
 
-    def __init__(self, scheduler_kwargs: dict[str, Any] | None = None, timeout: int = 30) -> None:
+    def __init__(
+        self,
+        scheduler_kwargs: dict[str, Any] | None = None,
+        timeout: int = 30,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         SubprocessScheduler.__init__(self, scheduler_kwargs, timeout)
         self._prepare()
+        self.env = dict(env or {})
 
     async def _start(self) -> None:
         preload = self.scheduler_kwargs.get("preload") or []
@@ -261,7 +271,7 @@ class SchedulerProcess(OwnProcess, SubprocessScheduler):
             preload = [preload]
         options = {**self.scheduler_kwargs, "preload": ["flame_dask.scheduler.boot", *preload]}
         spec = json.dumps({"cls": "distributed.Scheduler", "opts": options})
-        await self._launch(["--spec", spec], {})
+        await self._launch(["--spec", spec], self.env)
         try:
             self.address = await self._wait_for_address()
         except BaseException:  # who is opening the pool may give up
@@ -303,6 +313,7 @@ def subprocess_cluster(
     scheduler_kwargs: Mapping[str, Any] | None = None,
     dashboard_address: str | None = ":8787",
     silence_logs: int = logging.WARNING,
+    security: Security | None = None,
     **kwargs: Any,
 ) -> SpecCluster:
     """Make a ``SubprocessCluster`` whose scheduler ends with its parent; it has no workers.
@@ -311,17 +322,27 @@ def subprocess_cluster(
     ----------
     host, scheduler_port, scheduler_kwargs, dashboard_address, silence_logs, kwargs
         As for :func:`distributed.deploy.subprocess.SubprocessCluster`.
+    security
+        Certificates for all connections.
     """
     options = {
         "host": host or "127.0.0.1",
         "port": scheduler_port,
         "dashboard": dashboard_address is not None,
         "dashboard_address": dashboard_address,
+        **({} if security is None else {"protocol": "tls://"}),
         **(scheduler_kwargs or {}),
     }
     return SpecCluster(
         workers={},
-        scheduler={"cls": SchedulerProcess, "options": {"scheduler_kwargs": options}},
+        scheduler={
+            "cls": SchedulerProcess,
+            "options": {
+                "scheduler_kwargs": options,
+                "env": secure.environment(security, "scheduler"),
+            },
+        },
+        security=security,
         worker={"cls": RunnerProcess, "options": {}},
         name="SubprocessCluster",
         silence_logs=silence_logs,

@@ -13,6 +13,7 @@ from distributed import SpecCluster, Worker
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import dask_internals as internals
+from flame_dask.backends import secure
 from flame_dask.backends.base import Ending
 from flame_dask.backends.process import OwnProcess, RunnerProcess, subprocess_cluster
 from flame_dask.backends.spec import SpecBackend
@@ -26,8 +27,21 @@ TAKEN: Final = {
     "asynchronous": "give it to the pool",
     "worker_class": "leave it out: the pool needs its own, which does not restart a dead worker",
     "processes": "leave it out: a runner that is a thread of the parent can't be ended",
-    "security": "leave it out: such a cluster is reached from this machine only",
+    "security": "give it to the pool",
 }
+
+
+def check_place(options: PoolOptions, factory: Any) -> None:
+    """Refuse what can't be had where all parts of a pool are on this machine."""
+    elsewhere = factory is SubprocessCluster
+    if options.scheduler == ("parent" if elsewhere else "remote"):
+        other = "LocalCluster" if elsewhere else "SubprocessCluster"
+        remedy = f"leave it out, or give backend={other}"
+        problem = f"can't be had with {factory.__name__}"
+        raise PoolOptionsError("scheduler", options.scheduler, remedy, problem=problem)
+    if options.contact_address is not None:
+        remedy = "leave it out: the runners are on this machine"
+        raise PoolOptionsError("contact_address", options.contact_address, remedy)
 
 
 def for_workers(factory: Any, given: Mapping[str, Any]) -> list[str]:
@@ -94,10 +108,18 @@ class ProcessBackend(SpecBackend):
                     remedy,
                     problem="is the pool's to set",
                 )
+        check_place(options, factory)
         rest = dict(given)
+        if options.host is not None:
+            rest["host"] = options.host
         self._factory = subprocess_cluster if factory is SubprocessCluster else factory
         self._boot_timeout = options.boot_timeout
-        self._env = {**rest.pop("env", {}), **options.env}
+        self._security = secure.security_of(options, rest.get("host"))
+        self._env = {
+            **rest.pop("env", {}),
+            **secure.environment(self._security, "worker"),
+            **options.env,
+        }
         workers = {name: rest.pop(name) for name in for_workers(factory, rest)}
         host = rest.get("host") or "127.0.0.1"
         self._worker_kwargs: dict[str, Any] = {
@@ -113,6 +135,8 @@ class ProcessBackend(SpecBackend):
         }
         # A port of its own for each pool, and never open to the network by default.
         self._options = {"dashboard_address": "127.0.0.1:0", **rest}
+        if self._security is not None:
+            self._options["security"] = self._security
 
     def open(self, *, asynchronous: bool) -> Any:
         """Return the cluster, without workers."""
