@@ -41,6 +41,9 @@ __all__ = [
 #: The one stream operation between the parts of a pool.
 OP: Final = "flame"
 
+#: What a worker asks before it registers; also written in ``flame_dask.runner.arrival``.
+ARRIVE: Final = "flame_arrive"
+
 #: Worker metadata key under which a small result travels with the completion of its task.
 RESULT: Final = "flame-result"
 
@@ -212,6 +215,7 @@ async def uninstall_local(scheduler: Scheduler, host: Any, runner: Any) -> None:
         scheduler.remove_plugin(host.name)
         scheduler.stream_handlers.pop(OP, None)
         scheduler.handlers.pop(OP, None)
+        scheduler.handlers.pop(ARRIVE, None)
         await scheduler.unregister_worker_plugin(comm=None, name=runner.name)
 
 

@@ -29,7 +29,10 @@ from markdown_it import MarkdownIt
 from flame_dask.options import NOT_YET, RESERVED, PoolOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
+]
 DEADLINE = 90
 
 # What Dask's workers log when a call raises, as some on the pages are meant to. Anything else on
@@ -95,7 +98,7 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
-BLOCKS = {page.name: blocks_of(page) for page in PAGES}
+BLOCKS = {str(page.relative_to(ROOT)): blocks_of(page) for page in PAGES}
 
 
 @pytest.fixture

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from distributed import LocalCluster, Nanny, SpecCluster
+from distributed import LocalCluster, Nanny, SpecCluster, SSHCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask.backends.base import Backend
 from flame_dask.backends.processes import ProcessBackend
+from flame_dask.backends.ssh import SSHBackend
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
 _REMEDY = (
-    "give LocalCluster, SubprocessCluster, one of them with options as (class, {...}), its dotted "
-    "path, a running LocalCluster, or an object with the methods of flame_dask.backends.base."
-    "Backend"
+    "give LocalCluster, SubprocessCluster or SSHCluster, one of them with options as (class, "
+    "{...}), its dotted path, a running LocalCluster, or an object with the methods of "
+    "flame_dask.backends.base.Backend"
 )
 
 
@@ -43,6 +44,8 @@ def resolve(options: PoolOptions) -> Backend:
         given = LocalCluster
     if given is SubprocessCluster or (isinstance(given, type) and issubclass(given, LocalCluster)):
         return ProcessBackend(options, given, more)
+    if given is SSHCluster:
+        return SSHBackend(options, more)
     if isinstance(given, SpecCluster):
         return _running(options, given)
     if not isinstance(given, type) and isinstance(given, Backend):

@@ -57,6 +57,9 @@ class SpecBackend:
         await internals.stop_member(self.cluster, runner)
         return Ending()
 
+    def kill(self) -> None:
+        """End what can be ended without an event loop, because the interpreter exits."""
+
     def close(self, cluster: Any) -> Any:
         """Close the cluster, unless it was there before the pool."""
         return None if self.given else cluster.close()

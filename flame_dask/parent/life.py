@@ -16,8 +16,8 @@ from distributed import Scheduler
 from distributed.utils import SyncMethodMixin
 
 from flame_dask import dask_internals as internals
-from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.resolve import resolve
+from flame_dask.backends.spec import SpecBackend
 from flame_dask.constants import GRACE_MARGIN
 from flame_dask.core.backoff import Backoff
 from flame_dask.core.events import PoolOptionsView
@@ -200,7 +200,7 @@ class PoolLife(SyncMethodMixin):
 
     def _backend_owns_scheduler(self) -> bool:
         """Say whether the scheduler has to end with the pool, and can't by itself (G3)."""
-        own = isinstance(self._backend, ProcessBackend) and not self._backend.given
+        own = isinstance(self._backend, SpecBackend) and not self._backend.given
         return own and not isinstance(self.cluster.scheduler, Scheduler)
 
     def _receive(self, what: str, **message: Any) -> None:
@@ -325,7 +325,7 @@ class PoolLife(SyncMethodMixin):
         """Close the pool because the interpreter exits."""
         if not self._asynchronous:
             self.close()
-        elif isinstance(self._backend, ProcessBackend):
+        elif isinstance(self._backend, SpecBackend):
             # The event loop of an asynchronous pool is gone by now, but processes may go on.
             self._backend.kill()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+from flame_dask import package
 
 #: Tells this process from all others, also from one that has its pid later.
 _PROCESS: Final = uuid.uuid4().hex
@@ -57,10 +57,7 @@ def describe(pool: str, backend: str) -> ParentInfo:
     backend
         The name of its cluster class.
     """
-    versions = {"python": platform.python_version()}
-    for module in ("dask", "distributed", "flame_dask"):
-        versions[module] = str(sys.modules[module].__version__)
-    return ParentInfo(pool, backend, versions, _PROCESS)
+    return ParentInfo(pool, backend, package.versions(), _PROCESS)
 
 
 def is_parent(info: ParentInfo | None) -> bool:

@@ -13,6 +13,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from flame_dask.constants import LAST_RESORT
@@ -95,6 +96,13 @@ class ParentWatch:
         time.sleep(CLOSING)
         offspring.end_process()
 
+
+def _nothing() -> None:
+    pass
+
+
+#: Stops the clock of a runner that has come from elsewhere; see ``flame_dask.runner.arrival``.
+arrived: Callable[[], object] = _nothing
 
 #: This process's watch, if it was started as a runner by its parent.
 watch: ParentWatch | None = None

@@ -128,6 +128,7 @@ class FlameRunner(WorkerPlugin):
             if limit is not None:
                 self._memory = MemoryWatch(limit, self.processes, self._is_busy)
             self._undo.append(signals.take_sigterm(self._loop, self._on_sigterm))
+        lifeline.arrived()
         if watch is not None:
             watch.ready(self)
         if self.processes is None:

@@ -87,18 +87,29 @@ class HostCall:
         return self.task
 
 
-def boot_error(problem: BootProblem) -> BootError:
-    """Return the exception that tells of a failed boot."""
+def boot_error(problem: BootProblem, told: str) -> BootError:
+    """Return the exception that tells of a failed boot.
+
+    Parameters
+    ----------
+    problem
+        What the core knows of it.
+    told
+        The address that the runner was told to connect to.
+    """
+    cause = str(problem.cause)
+    if problem.phase == "connect":
+        cause += f"; it was told to connect to {told}"
     return BootError(
         problem.phase,
-        cause=str(problem.cause),
+        cause=cause,
         log_tail=problem.log_tail,
         attempts=problem.attempts,
     )
 
 
-def timeout_error(news: do.Expired) -> CallTimeout:
-    """Return the exception that tells of a call whose time is up (E2)."""
+def timeout_error(news: do.Expired, told: str) -> CallTimeout:
+    """Return the exception that tells of a call whose time is up (E2); ``told`` as above."""
     problem = news.boot_problem
     return CallTimeout(
         news.phase,  # type: ignore[arg-type]  # the core's word is one of the phases
@@ -107,5 +118,5 @@ def timeout_error(news: do.Expired) -> CallTimeout:
         running=news.running,
         limit=news.limit,
         call=news.call,
-        boot_error=None if problem is None else boot_error(problem),
+        boot_error=None if problem is None else boot_error(problem, told),
     )

@@ -34,6 +34,7 @@ from flame_dask.core.pool import PoolState
 from flame_dask.errors import CallTimeout, FlameError, PoolClosed, RunnerLost
 from flame_dask.payload import Payload
 from flame_dask.runner.execution import Terms, run_call, run_call_async
+from flame_dask.scheduler.arrivals import Arrivals
 from flame_dask.scheduler.calls import HostCall, boot_error, timeout_error
 from flame_dask.scheduler.inquest import Inquest, Verdict
 
@@ -95,6 +96,7 @@ class FlameScheduler(SchedulerPlugin):
         """Take up work on a scheduler; called by it, or by a parent in the same process."""
         self.scheduler = scheduler
         self.owner = f"flame-{self.pool}"
+        self._told = str(scheduler.contact_address or scheduler.address)
         self.core = PoolState(self.options, name=self.pool, backoff=self.backoff)
         # Clients in this process hear of their calls by a plain function call.
         self.sinks: dict[str, Callable[[Message], None]] = {}
@@ -132,6 +134,8 @@ class FlameScheduler(SchedulerPlugin):
         }
         internals.listen_to_streams(scheduler, self.receive)
         scheduler.handlers["flame"] = self.answer
+        self._arrivals = Arrivals()
+        scheduler.handlers[internals.ARRIVE] = self._arrivals.answer
 
     async def before_close(self) -> None:
         """Stop the clock: the scheduler closes."""
@@ -252,7 +256,8 @@ class FlameScheduler(SchedulerPlugin):
         known = self.core.runners.get(runner)
         if known is not None and known.state in ("ready", "draining"):
             self._tell(ev.RunnerLost(runner, UNKNOWN))  # remove_worker follows
-        problem = BootProblem(phase, cause, tuple(log_tail))
+        refused = self._arrivals.refused.pop(runner, None)
+        problem = BootProblem(phase, refused or cause, tuple(log_tail))
         self._tell(ev.BootFailed(runner, problem))
 
     def _on_stopped(
@@ -535,13 +540,13 @@ class FlameScheduler(SchedulerPlugin):
                         "runner": runner,
                         "count": count,
                         "reason": reason,
-                        "error": None if problem is None else boot_error(problem),
+                        "error": None if problem is None else boot_error(problem, self._told),
                     }
                 )
             case do.OpenDone():
                 self._send_parent({"what": "opened"})
             case do.OpenFailed(problem):
-                self._send_parent({"what": "open-failed", "error": boot_error(problem)})
+                self._send_parent({"what": "open-failed", "error": boot_error(problem, self._told)})
             case do.CloseDone():
                 self._closed = True
                 self._send_parent({"what": "closed"})
@@ -586,7 +591,7 @@ class FlameScheduler(SchedulerPlugin):
             internals.send_to_worker(self.scheduler, call.address, message)
 
     def _expired(self, news: do.Expired) -> None:
-        self._fail(self.calls[news.call], timeout_error(news))
+        self._fail(self.calls[news.call], timeout_error(news, self._told))
         if news.phase != "running":
             del self.calls[news.call]
 
