@@ -14,7 +14,6 @@ from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import dask_internals as internals
 from flame_dask.backends import secure
-from flame_dask.backends.base import Ending
 from flame_dask.backends.process import OwnProcess, RunnerProcess, subprocess_cluster
 from flame_dask.backends.spec import SpecBackend
 from flame_dask.errors import PoolOptionsError
@@ -158,20 +157,6 @@ class ProcessBackend(SpecBackend):
             "env": self._env,
             "boot_timeout": self._boot_timeout,
         }
-
-    def ending(self, member: Any) -> Ending:
-        """Say how a worker process ended."""
-        ending: Ending = member.ending()
-        return ending
-
-    async def stop(self, runner: str, *, force: bool = False) -> Ending:
-        """End a worker process."""
-        assert self.cluster is not None
-        member: Any = self.cluster.workers.get(runner)
-        if member is not None:
-            await member.end(force)
-        await super().stop(runner)
-        return Ending() if member is None else self.ending(member)
 
     def close(self, cluster: Any) -> Any:
         """Close the cluster; awaitable if it is."""

@@ -50,7 +50,6 @@ class RemoteBackend(SpecBackend):
         super().__init__()
         self._pool_options = options
         self._kind = kind
-        self._local = local
         host = options.host or scheduler.get("host") or ("127.0.0.1" if local else None)
         self.security = secure.security_of(options, host if host or local else "")
         self._scheduler = {
@@ -60,6 +59,7 @@ class RemoteBackend(SpecBackend):
             **scheduler,
             "host": host,
             "security": self.security,
+            "contact": options.contact_address,
         }
 
     def open(self, *, asynchronous: bool) -> Any:
@@ -72,7 +72,6 @@ class RemoteBackend(SpecBackend):
             "name": self._kind,
             "silence_logs": logging.WARNING,
         }
-        options["scheduler"]["options"]["contact"] = self._pool_options.contact_address
         if asynchronous:
             self.cluster = SpecCluster(asynchronous=True, **options)
         else:

@@ -13,6 +13,9 @@ from flame_dask.backends.base import Ending
 class SpecBackend:
     """Starts and stops single workers of a running ``SpecCluster``.
 
+    Its workers are of classes of the pool's own. Beyond what ``SpecCluster`` wants of a worker they
+    have ``end(force)``, and ``ending()`` says how it ended.
+
     Parameters
     ----------
     cluster
@@ -49,13 +52,17 @@ class SpecBackend:
 
     def ending(self, member: Any) -> Ending:
         """Say how a worker ended."""
-        return Ending()
+        ending: Ending = member.ending()
+        return ending
 
     async def stop(self, runner: str, *, force: bool = False) -> Ending:
         """Take a worker down."""
         assert self.cluster is not None
+        member: Any = self.cluster.workers.get(runner)
+        if member is not None:
+            await member.end(force)
         await internals.stop_member(self.cluster, runner)
-        return Ending()
+        return Ending() if member is None else self.ending(member)
 
     def kill(self) -> None:
         """End what can be ended without an event loop, because the interpreter exits."""

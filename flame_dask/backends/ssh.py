@@ -102,20 +102,6 @@ class SSHBackend(RemoteBackend):
             "environment": self.environment(),
         }
 
-    def ending(self, member: Any) -> Ending:
-        """Say how a runner ended."""
-        ending: Ending = member.ending()
-        return ending
-
-    async def stop(self, runner: str, *, force: bool = False) -> Ending:
-        """End a runner."""
-        assert self.cluster is not None
-        member: Any = self.cluster.workers.get(runner)
-        if member is not None:
-            await member.end(force)
-        await super().stop(runner)
-        return Ending() if member is None else self.ending(member)
-
 
 def _process_class(over: asyncio.Event) -> type:
     """Make a class of processes that tell of their end at once.
