@@ -22,6 +22,7 @@ import pytest
 from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
+import support
 from flame_dask import FlamePool
 
 Until = Callable[..., Any]
@@ -292,10 +293,13 @@ def flame_log(nothing_goes_wrong_quietly: FlameLog) -> FlameLog:
 
 @pytest.fixture(scope="module", autouse=True)
 def functions_by_value(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Send functions of the test module by value: runners need not be able to import it."""
-    cloudpickle.register_pickle_by_value(request.module)
+    """Send functions of the tests by value: runners need not be able to import their modules."""
+    modules = (request.module, support)
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
     yield
-    cloudpickle.unregister_pickle_by_value(request.module)
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture(scope="module", params=list(BACKENDS))

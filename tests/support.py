@@ -1,11 +1,15 @@
-"""What tests of pools ask of the world around them; for the process of the tests only.
+"""What tests of pools ask of the world around them, and what they have runners do.
 
-Runners can't import this module: what a call needs stands in the module of its test.
+Runners can't import this module: its functions go there by value, like those of the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -39,6 +43,14 @@ def new_children(before: set[psutil.Process]) -> list[int]:
     return alive(*(process.pid for process in now if process not in before))
 
 
+@contextlib.contextmanager
+def all_children_end(until: Callable[..., object]) -> Iterator[None]:
+    """Wait at the end until no process below this one runs that did not at the beginning."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    until(lambda: not new_children(before))
+
+
 def states(pool: FlamePool) -> list[str]:
     """Return the states of a pool's runners."""
     return sorted(runner.state for runner in pool.status().runners)
@@ -49,3 +61,42 @@ def runner_pid(pool: FlamePool) -> int:
     [ready] = [runner for runner in pool.status().runners if runner.state == "ready"]
     pid: int = pool.cluster.workers[ready.id].process.pid
     return pid
+
+
+# -- what calls do --------------------------------------------------------------------------------
+
+
+def doze(path: str) -> None:
+    """Sleep in small pieces, so that an exception gets through."""
+    Path(path).write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.01)
+
+
+def sleep(path: str, seconds: float) -> str:
+    """Hang in a call of the system; leave another file if it comes to its end."""
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(seconds)
+    Path(path).with_suffix(".done").write_text("done")
+    return "slept"
+
+
+def run(path: str, *command: str) -> None:
+    """Wait for a program."""
+    Path(path).write_text(str(os.getpid()))
+    subprocess.run(command, check=False)
+
+
+def wait_for_file(path: str) -> int:
+    """Run until a file is there; say in which process."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end and not os.path.exists(path):
+        time.sleep(0.005)
+    return os.getpid()
+
+
+def work(log: str, gate: str) -> int:
+    """Leave a line with the process, then run until a file is there; say in which process."""
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return wait_for_file(gate)

@@ -19,7 +19,7 @@ import pytest
 from distributed import LocalCluster, Nanny, Reschedule
 
 from flame_dask import CallCancelled, CallTimeout, FlamePool, RunnerLost
-from support import alive, pids, states
+from support import alive, pids, states, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -37,14 +37,6 @@ def note(log: str) -> int:
         file.write(f"{os.getpid()}\n")
     with open(log) as file:
         return len(file.readlines())
-
-
-def work(log: str, gate: str) -> int:
-    note(log)
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(gate):
-        time.sleep(0.005)
-    return os.getpid()
 
 
 def make_bytes(log: str, size: int) -> bytes:

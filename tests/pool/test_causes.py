@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -10,13 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import FlamePool, RunnerLost
-from support import alive, new_children, pids, runner_pid
+from support import alive, all_children_end, pids, runner_pid, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -35,14 +35,6 @@ MEMORY_OF_ALL = "1.2GB"
 def note(log: str) -> None:
     with open(log, "a") as file:
         file.write(f"{os.getpid()}\n")
-
-
-def work(log: str, gate: str) -> int:
-    note(log)
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(gate):
-        time.sleep(0.005)
-    return os.getpid()
 
 
 def fill_memory(log: str) -> int:
@@ -168,21 +160,18 @@ def test_f2_memory_within_the_limit_is_no_matter(make_pool: MakePool) -> None:
 @pytest.fixture(scope="module")
 def lasting(fast: dict[str, Any], until: Until) -> Iterator[FlamePool]:
     """A pool with one runner that outlives all that its calls do to themselves."""
-    before = set(psutil.Process().children(recursive=True))
     backend = (LocalCluster, {**QUIET, "memory_limit": MEMORY_OF_ALL})
     options = {**fast, "backend": backend, "isolation": "process", "max_concurrency": 4}
-    with FlamePool("lasting", min=1, max=1, **options) as pool:
+    with all_children_end(until), FlamePool("lasting", min=1, max=1, **options) as pool:
         yield pool
-    until(lambda: not new_children(before))
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest, until: Until) -> Iterator[None]:
     """In the place of the ordinary check, which takes the new processes for calls for left over."""
-    before = set(psutil.Process().children(recursive=True))
-    yield
-    if "lasting" not in request.fixturenames:
-        until(lambda: not new_children(before))
+    lasts = "lasting" in request.fixturenames
+    with contextlib.nullcontext() if lasts else all_children_end(until):
+        yield
 
 
 @pytest.mark.parametrize(

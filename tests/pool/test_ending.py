@@ -17,13 +17,12 @@ from typing import Any
 
 import dask
 import numpy as np
-import psutil
 import pytest
 from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import CallCancelled, CallTimeout, FlamePool, RunnerLost
-from support import alive, lines, new_children, pids, runner_pid, states
+from support import alive, all_children_end, lines, pids, runner_pid, states, wait_for_file, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -117,18 +116,6 @@ RUNGS = {
 }
 
 
-def wait_for_file(path: str) -> int:
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(path):
-        time.sleep(0.005)
-    return os.getpid()
-
-
-def note_and_wait(log: str, gate: str) -> int:
-    note(log)
-    return wait_for_file(gate)
-
-
 def threads_in(*names: str) -> list[str]:
     """Which of the functions are being run by threads of this process."""
     found = []
@@ -162,9 +149,8 @@ def pools(fast: dict[str, Any], until: Until) -> Iterator[Callable[[str, Any], F
     Where the scheduler is decides how an order gets to the runner, not how work ends: so each way
     of ending is tried on one backend.
     """
-    before = set(psutil.Process().children(recursive=True))
     opened: dict[str, FlamePool] = {}
-    with contextlib.ExitStack() as stack:
+    with all_children_end(until), contextlib.ExitStack() as stack:
 
         def pool(isolation: str, backend: Any) -> FlamePool:
             name = f"{isolation}-{backend[0].__name__}"
@@ -177,7 +163,6 @@ def pools(fast: dict[str, Any], until: Until) -> Iterator[Callable[[str, Any], F
 
         yield pool
     opened.clear()
-    until(lambda: not new_children(before))
 
 
 @pytest.fixture(autouse=True)
@@ -186,10 +171,9 @@ def nothing_is_left(request: pytest.FixtureRequest, until: Until) -> Iterator[No
 
     ``pools`` looks after its own processes, and a test's own pool is closed before this goes on.
     """
-    before = set(psutil.Process().children(recursive=True))
-    yield
-    if "pools" not in request.fixturenames:
-        until(lambda: not new_children(before))
+    lasts = "pools" in request.fixturenames
+    with contextlib.nullcontext() if lasts else all_children_end(until):
+        yield
 
 
 @pytest.mark.parametrize("work", list(WORKS))
@@ -580,7 +564,7 @@ def test_e3_the_slots_of_ended_calls_are_all_there(
         until(lambda: pool.status().leases == 0, 5)
     assert len(pool.status().runners) == 1
     log, gate = tmp_path / "log", tmp_path / "gate"
-    futures = [pool.submit(note_and_wait, str(log), str(gate)) for _ in range(4)]
+    futures = [pool.submit(work, str(log), str(gate)) for _ in range(4)]
     until(lambda: len(pids(log)) == 4)
     gate.touch()
     assert {future.result(10) for future in futures} == set(pids(log))

@@ -15,18 +15,10 @@ import psutil
 import pytest
 
 from flame_dask import CallTimeout, FlamePool, PoolFuture
-from support import states
+from support import states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
-
-
-def wait_for_file(path: str) -> int:
-    """Run until a file is there; say in which process."""
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(path):
-        time.sleep(0.005)
-    return os.getpid()
 
 
 def nap(seconds: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 from distributed import LocalCluster
 
 from flame_dask import FlamePool, SerializationError
-from support import alive, new_children, runner_pid
+from support import alive, all_children_end, runner_pid
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -41,20 +42,18 @@ def inc(x: int) -> int:
 @pytest.fixture(scope="module")
 def isolated(fast: dict[str, Any], until: Until) -> Iterator[FlamePool]:
     """A pool with one runner of four slots, for all tests that leave it as it was."""
-    before = set(psutil.Process().children(recursive=True))
     options = {**fast, "backend": LOCAL, "isolation": "process", "max_concurrency": SLOTS}
-    with FlamePool("isolated", min=1, max=1, env={"GREETING": "hello"}, **options) as pool:
+    options["env"] = {"GREETING": "hello"}
+    with all_children_end(until), FlamePool("isolated", min=1, max=1, **options) as pool:
         yield pool
-    until(lambda: not new_children(before))
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest, until: Until) -> Iterator[None]:
     """In the place of the ordinary check, which takes the new processes for calls for left over."""
-    before = set(psutil.Process().children(recursive=True))
-    yield
-    if "isolated" not in request.fixturenames:
-        until(lambda: not new_children(before))
+    lasts = "isolated" in request.fixturenames
+    with contextlib.nullcontext() if lasts else all_children_end(until):
+        yield
 
 
 def test_b1_values_of_all_kinds(isolated: FlamePool) -> None:

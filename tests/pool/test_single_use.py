@@ -14,7 +14,7 @@ import pytest
 from distributed import LocalCluster
 
 from flame_dask import CallCancelled, FlamePool
-from support import alive, states
+from support import alive, states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -32,13 +32,6 @@ def work(log: str, seconds: float) -> int:
     note("start")
     time.sleep(seconds)
     note("end")
-    return os.getpid()
-
-
-def wait_for_file(path: str) -> int:
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(path):
-        time.sleep(0.005)
     return os.getpid()
 
 

@@ -14,7 +14,7 @@ from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import FlamePool, RunnerLost
-from support import alive, pids, runner_pid, states
+from support import alive, pids, runner_pid, states, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -24,16 +24,6 @@ pytestmark = pytest.mark.usefixtures("kills_runners")
 QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
 LOCAL = (LocalCluster, QUIET)
 REMOTE = (SubprocessCluster, QUIET)
-
-
-def work(log: str, gate: str) -> int:
-    """Run until a file is there; say in which process."""
-    with open(log, "a") as file:
-        file.write(f"{os.getpid()}\n")
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(gate):
-        time.sleep(0.005)
-    return os.getpid()
 
 
 def sleep(log: str) -> None:

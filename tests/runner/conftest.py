@@ -309,3 +309,9 @@ def bench(until: Callable[..., Any], temporary_folder: Path) -> Iterator[Bench]:
     bench = Bench(until)
     yield bench
     bench.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a call tells that it has begun."""
+    return tmp_path / "begun"

@@ -16,32 +16,11 @@ import pytest
 
 from flame_dask.runner import guard as guards
 from flame_dask.runner.guard import Guard
+from support import doze, run, sleep
 
 Until = Callable[..., Any]
 
 pytestmark = pytest.mark.usefixtures("kills_runners")
-
-
-def inc(x: int) -> int:
-    return x + 1
-
-
-def doze(path: str) -> None:
-    """Sleep in small pieces, so that an exception gets through."""
-    Path(path).write_text(str(os.getpid()))
-    while True:
-        time.sleep(0.01)
-
-
-def sleep(path: str, seconds: float) -> None:
-    Path(path).write_text(str(os.getpid()))
-    time.sleep(seconds)
-    Path(path).with_suffix(".done").write_text("done")
-
-
-def run(path: str, *command: str) -> None:
-    Path(path).write_text(str(os.getpid()))
-    subprocess.run(command, check=False)
 
 
 def hold_everything(path: str, seconds: float) -> None:
@@ -50,11 +29,6 @@ def hold_everything(path: str, seconds: float) -> None:
 
     Path(path).write_text(str(os.getpid()))
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "begun"
 
 
 def gone(runner: Any) -> bool:

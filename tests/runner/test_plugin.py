@@ -17,6 +17,7 @@ import pytest
 
 from flame_dask.constants import OOM_EXIT
 from flame_dask.runner import here
+from support import doze, run, sleep
 
 Until = Callable[..., Any]
 
@@ -25,20 +26,6 @@ THREAD = "an exception in its thread"
 
 def inc(x: int) -> int:
     return x + 1
-
-
-def doze(path: str) -> None:
-    """Sleep in small pieces, so that an exception gets through."""
-    Path(path).write_text(str(os.getpid()))
-    while True:
-        time.sleep(0.01)
-
-
-def sleep(path: str, seconds: float) -> str:
-    Path(path).write_text(str(os.getpid()))
-    time.sleep(seconds)
-    Path(path).with_suffix(".done").write_text("done")
-    return "slept"
 
 
 def sleep_and_go_on(path: str, seconds: float) -> None:
@@ -57,22 +44,12 @@ async def sleep_async(path: str, seconds: float) -> str:
     return "slept"
 
 
-def run(path: str, *command: str) -> None:
-    Path(path).write_text(str(os.getpid()))
-    subprocess.run(command, check=False)
-
-
 def fill(megabytes: int) -> None:
     blocks = []
     for _ in range(megabytes):
         blocks.append(bytearray(os.urandom(1)) * 2**20)
         time.sleep(0.001)
     time.sleep(20)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "begun"
 
 
 @pytest.fixture(scope="module")
