@@ -85,3 +85,15 @@ def ssh_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SSHHosts]:
     ]
     yield SSHHosts({"hosts": ["127.0.0.1"] * 2, "connect_options": connect}, ports)
     service.close()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A SLURM of one node on loopback; where its configuration is."""
+    pytest.importorskip("dask_jobqueue")
+    folder = tmp_path_factory.mktemp("slurm")
+    service = Service("slurm", folder, *free_ports(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        yield folder
+    service.close()

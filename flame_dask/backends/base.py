@@ -26,6 +26,9 @@ class Backend(Protocol):
 
     ``open`` and ``close`` run where the pool is opened and closed, the others on the cluster's
     event loop.
+
+    An attribute ``patience`` is optional: the seconds that ``watch`` may take to tell of an end
+    that the scheduler has seen already. It is 1 if there is none.
     """
 
     def open(self, *, asynchronous: bool) -> Any:

@@ -9,15 +9,16 @@ from distributed import LocalCluster, Nanny, SpecCluster, SSHCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask.backends.base import Backend
+from flame_dask.backends.jobqueue import JobQueueBackend, is_job_queue
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.ssh import SSHBackend
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
 _REMEDY = (
-    "give LocalCluster, SubprocessCluster or SSHCluster, one of them with options as (class, "
-    "{...}), its dotted path, a running LocalCluster, or an object with the methods of "
-    "flame_dask.backends.base.Backend"
+    "give LocalCluster, SubprocessCluster, SSHCluster or a class of dask-jobqueue, one of them "
+    "with options as (class, {...}), its dotted path, a running LocalCluster, or an object with "
+    "the methods of flame_dask.backends.base.Backend"
 )
 
 
@@ -46,6 +47,8 @@ def resolve(options: PoolOptions) -> Backend:
         return ProcessBackend(options, given, more)
     if given is SSHCluster:
         return SSHBackend(options, more)
+    if is_job_queue(given):
+        return JobQueueBackend(options, given, more)
     if isinstance(given, SpecCluster):
         return _running(options, given)
     if not isinstance(given, type) and isinstance(given, Backend):

@@ -31,6 +31,7 @@ from flame_dask.parent.hooks import HookThread, ScaleEvent
 from flame_dask.parent.port import CommPort, LocalPort, Port
 from flame_dask.runner import here
 from flame_dask.runner.plugin import FlameRunner
+from flame_dask.scheduler.inquest import PATIENCE
 from flame_dask.scheduler.plugin import FlameScheduler
 
 logger = logging.getLogger("flame_dask")
@@ -150,6 +151,7 @@ class PoolLife(SyncMethodMixin):
             settings.inline_limit,
             own_thread=options.isolation == "process",
             owns_scheduler=self._backend_owns_scheduler(),
+            patience=getattr(self._backend, "patience", PATIENCE),
         )
         runner = FlameRunner(
             self.name,

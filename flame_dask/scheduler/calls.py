@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from flame_dask.core import instructions as do
 from flame_dask.core.events import BootProblem
-from flame_dask.errors import BootError, CallTimeout
+from flame_dask.errors import BootError, CallTimeout, RunnerLost
 from flame_dask.payload import Payload
+from flame_dask.scheduler.inquest import Verdict
 
 
 class HostCall:
@@ -120,3 +121,27 @@ def timeout_error(news: do.Expired, told: str) -> CallTimeout:
         call=news.call,
         boot_error=None if problem is None else boot_error(problem, told),
     )
+
+
+def lost_error(call: HostCall, runner: str | None, verdict: Verdict) -> RunnerLost:
+    """Return the exception that tells of a runner's end (F2)."""
+    return RunnerLost(
+        verdict.cause,  # type: ignore[arg-type]  # one of the causes
+        exit_code=verdict.exit_code,
+        signal=verdict.signal,
+        runner=runner,
+        call=call.key,
+    )
+
+
+def scaled_message(news: do.Scaled, told: str) -> dict[str, object]:
+    """Return what the parent hears of a growing or shrinking pool, for its hooks (C9)."""
+    problem = news.problem
+    return {
+        "what": "scaled",
+        "kind": news.kind,
+        "runner": news.runner,
+        "count": news.runners,
+        "reason": news.reason,
+        "error": None if problem is None else boot_error(problem, told),
+    }

@@ -1,8 +1,8 @@
 """What a runner died of (F2).
 
 The scheduler sees at once that a runner is gone, but not why: its exit code is known to the
-backend, a moment earlier or later. So the news to its callers is held back until then, for a second
-at most.
+backend, a moment earlier or later. So the news to its callers is held back until then, for a
+limited time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Generic, NamedTuple, TypeVar
 
-#: Seconds to wait for the backend's word.
+#: Seconds to wait for the backend's word, if it has not said how long it takes itself.
 PATIENCE: Final = 1.0
 
 #: Verdicts that are kept for runners whose loss has not been heard of yet.
@@ -47,11 +47,19 @@ class Inquest(Generic[T]):
         The event loop, for its clock.
     tell
         Takes each thing that was lost with a runner, the runner, and the verdict.
+    patience
+        Seconds to wait for a cause.
     """
 
-    def __init__(self, loop: AbstractEventLoop, tell: Callable[[T, str, Verdict], None]) -> None:
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        tell: Callable[[T, str, Verdict], None],
+        patience: float = PATIENCE,
+    ) -> None:
         self._loop = loop
         self._tell = tell
+        self._patience = patience
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self._waiting: dict[str, tuple[TimerHandle, list[T]]] = {}
 
@@ -62,7 +70,7 @@ class Inquest(Generic[T]):
             self._tell(thing, runner, verdict)
             return
         if runner not in self._waiting:
-            timer = self._loop.call_later(PATIENCE, self.found, runner, Verdict())
+            timer = self._loop.call_later(self._patience, self.found, runner, Verdict())
             self._waiting[runner] = timer, []
         self._waiting[runner][1].append(thing)
 

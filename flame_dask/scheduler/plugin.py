@@ -31,12 +31,18 @@ from flame_dask.core.backoff import Backoff
 from flame_dask.core.events import BootProblem, Event, Limits, PoolOptionsView
 from flame_dask.core.instructions import Instruction
 from flame_dask.core.pool import PoolState
-from flame_dask.errors import CallTimeout, FlameError, PoolClosed, RunnerLost
+from flame_dask.errors import CallTimeout, FlameError, PoolClosed
 from flame_dask.payload import Payload
 from flame_dask.runner.execution import Terms, run_call, run_call_async
 from flame_dask.scheduler.arrivals import Arrivals
-from flame_dask.scheduler.calls import HostCall, boot_error, timeout_error
-from flame_dask.scheduler.inquest import Inquest, Verdict
+from flame_dask.scheduler.calls import (
+    HostCall,
+    boot_error,
+    lost_error,
+    scaled_message,
+    timeout_error,
+)
+from flame_dask.scheduler.inquest import PATIENCE, Inquest, Verdict
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -71,6 +77,8 @@ class FlameScheduler(SchedulerPlugin):
     owns_scheduler
         Whether the scheduler is there for this pool alone, in a process of its own, and has to end
         when the parent is gone (G3).
+    patience
+        Seconds for the backend to say what a runner died of.
     """
 
     name = "flame"
@@ -84,6 +92,7 @@ class FlameScheduler(SchedulerPlugin):
         inline_limit: int,
         own_thread: bool = False,
         owns_scheduler: bool = False,
+        patience: float = PATIENCE,
     ) -> None:
         self.pool = pool
         self.options = options
@@ -91,6 +100,7 @@ class FlameScheduler(SchedulerPlugin):
         self.inline_limit = inline_limit
         self.own_thread = own_thread
         self.owns_scheduler = owns_scheduler
+        self.patience = patience
 
     async def start(self, scheduler: Scheduler) -> None:
         """Take up work on a scheduler; called by it, or by a parent in the same process."""
@@ -113,7 +123,7 @@ class FlameScheduler(SchedulerPlugin):
         self._timer: TimerHandle | None = None
         self._timer_due = float("inf")
         self._loop = scheduler.loop.asyncio_loop  # type: ignore[attr-defined]
-        self._inquest: Inquest[HostCall] = Inquest(self._loop, self._lose)
+        self._inquest: Inquest[HostCall] = Inquest(self._loop, self._lose, self.patience)
         # The parent is gone: nobody starts and stops runners any more (G3).
         self._orphaned = False
         self._closed = False
@@ -303,7 +313,7 @@ class FlameScheduler(SchedulerPlugin):
             self._fail(call, CallTimeout("running", running=limit, limit=limit, call=call.key))
         else:
             runner = self.runner_at.get(worker)
-            self._fail(call, RunnerLost("unreachable", runner=runner, call=call.key))
+            self._fail(call, lost_error(call, runner, Verdict()))
 
     def _on_call_lost(
         self, worker: str, task: str, cause: str, exit_code: int | None, signal: int | None
@@ -532,17 +542,8 @@ class FlameScheduler(SchedulerPlugin):
             case do.AskIdle(runner, number):
                 message = {"what": "ask-idle", "number": number}
                 internals.send_to_worker(self.scheduler, self.address_of[runner], message)
-            case do.Scaled(kind, runner, count, reason, problem):
-                self._send_parent(
-                    {
-                        "what": "scaled",
-                        "kind": kind,
-                        "runner": runner,
-                        "count": count,
-                        "reason": reason,
-                        "error": None if problem is None else boot_error(problem, self._told),
-                    }
-                )
+            case do.Scaled():
+                self._send_parent(scaled_message(instruction, self._told))
             case do.OpenDone():
                 self._send_parent({"what": "opened"})
             case do.OpenFailed(problem):
@@ -614,14 +615,7 @@ class FlameScheduler(SchedulerPlugin):
             self._lose(call, runner, verdict)
 
     def _lose(self, call: HostCall, runner: str, verdict: Verdict) -> None:
-        error = RunnerLost(
-            verdict.cause,  # type: ignore[arg-type]  # one of the causes
-            exit_code=verdict.exit_code,
-            signal=verdict.signal,
-            runner=runner,
-            call=call.key,
-        )
-        self._fail(call, error)
+        self._fail(call, lost_error(call, runner, verdict))
 
     def _fail(self, call: HostCall, error: FlameError) -> None:
         if call.answered:

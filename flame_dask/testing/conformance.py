@@ -19,15 +19,20 @@ import asyncio
 import logging
 import os
 import platform
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 
 import flame_dask
@@ -205,6 +210,16 @@ class Conformance:
         self._until(lambda: pool.status().leases == 0, 5)
         assert pool.call(flame_dask.parent).runner == runner
 
+    def test_e3_the_processes_of_a_call_end(self, open_pool: MakePool) -> None:
+        """What it has started goes with it."""
+        pool = open_pool(max=1, max_concurrency=1, isolation="process")
+        folder = pool.call(tempfile.mkdtemp)
+        with pytest.raises(CallTimeout):
+            pool.call(_start_processes, folder, timeout=2)
+        assert pool.call(_read_pids, folder)
+        self._until(lambda: not any(pool.call(_alive, folder)), 5)
+        pool.call(shutil.rmtree, folder)
+
     def test_e3_what_can_not_be_ended_costs_its_runner(self, open_pool: MakePool) -> None:
         """The pool gets another one."""
         pool = open_pool(max=1, max_concurrency=1)
@@ -248,6 +263,37 @@ class Conformance:
         with pytest.raises((PoolClosed, RunnerLost, CallCancelled)):
             running.result(1)
 
+    def test_g3_the_parent_is_killed(self) -> None:
+        """Its runners end by themselves, and the work on them."""
+        left = self._on.left
+        options = {"shutdown_timeout": 2, "boot_timeout": 20 * self._on.slow, **self._on.options}
+        # It may import what this process can; what it is to do goes there by value.
+        search = os.pathsep.join(path for path in sys.path if path)
+        with subprocess.Popen(
+            [sys.executable, "-c", _LOAD_AND_RUN],
+            env={**os.environ, "PYTHONPATH": search},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as parent:
+            try:
+                order = cloudpickle.dumps((_be_a_parent, (self._on.backend, options)))
+                assert parent.stdin is not None
+                assert parent.stdout is not None
+                parent.stdin.write(order)
+                parent.stdin.close()
+                host, *pids = parent.stdout.readline().decode().split()
+            finally:
+                parent.kill()
+        here = host == socket.gethostname()
+        if not here and left is None:
+            pytest.skip("its runners can't be seen from here: `left` is not given")
+        if here:
+            self._until(lambda: not any(map(psutil.pid_exists, map(int, pids))), 10)
+        self._nothing_left()
+
+
+_LOAD_AND_RUN = "import sys, cloudpickle; f, args = cloudpickle.load(sys.stdin.buffer); f(*args)"
+
 
 # Functions of calls. Runners may have no file of this package's test kit: they go by value.
 
@@ -279,3 +325,40 @@ def _spin() -> None:
 def _die() -> None:
     os.kill(os.getpid(), 9)
     time.sleep(60)
+
+
+def _start_processes(folder: str) -> None:
+    """Write down which processes run: this one, a shell and a program of that."""
+    script = 'sleep 600 & echo $PPID $$ $! > "$0/new" && mv "$0/new" "$0/pids"; wait'
+    subprocess.run(["sh", "-c", script, folder], check=False)
+
+
+def _read_pids(folder: str) -> list[int]:
+    """Return what they have written; nothing if they have not yet."""
+    file = Path(folder) / "pids"
+    return [int(word) for word in file.read_text().split()] if file.exists() else []
+
+
+def _alive(folder: str) -> list[bool]:
+    """Say which of the processes run; one that waits for its parent's notice does not."""
+    statuses = []
+    for pid in _read_pids(folder):
+        try:
+            statuses.append(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            statuses.append(False)
+    return statuses
+
+
+def _be_a_parent(backend: Any, options: Mapping[str, Any]) -> None:
+    """Have a pool of one runner at work, and say where that is."""
+    with FlamePool("doomed", max=1, backend=backend, **options) as pool:
+        folder = pool.call(tempfile.mkdtemp)
+        future = pool.submit(_start_processes, folder, timeout=None)
+        while not (pids := pool.call(_read_pids, folder)):
+            time.sleep(0.05)
+        pool.call(shutil.rmtree, folder)
+        host, _ = pool.call(_where)
+        sys.stdout.write(f"{host} {' '.join(map(str, pids))}\n")
+        sys.stdout.flush()
+        future.result()

@@ -1,5 +1,42 @@
-"""The services that tests here may ask for."""
+"""The services that tests here may ask for, and interpreters for runners."""
 
-from services import ssh_hosts
+from __future__ import annotations
 
-__all__ = ["ssh_hosts"]
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services import slurm, ssh_hosts
+
+__all__ = ["slurm", "ssh_hosts"]
+
+
+@pytest.fixture
+def make_python(tmp_path: Path) -> Callable[[str], str]:
+    """Make an interpreter that has this one's packages, but for what a line of code changes."""
+
+    def make(line: str) -> str:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import importlib.metadata, sys\n"
+            "real = importlib.metadata.version\n"
+            "versions = {'flame-dask': '0.0.1'}\n"
+            "importlib.metadata.version = lambda name: versions.get(name) or real(name)\n"
+            f"{line}\n"
+        )
+        python = tmp_path / "python"
+        # A package that came along lies elsewhere: it would count as another one, not covered.
+        words = f"env -u COVERAGE_PROCESS_CONFIG PYTHONPATH={tmp_path} {sys.executable}"
+        python.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        python.chmod(0o755)
+        return str(python)
+
+    return make
+
+
+@pytest.fixture
+def python_without_flame(make_python: Callable[[str], str]) -> str:
+    """Make an interpreter that has Dask and not flame_dask."""
+    root = str(Path(__file__).parents[2])
+    return make_python(f"sys.path[:] = [path for path in sys.path if path != {root!r}]")

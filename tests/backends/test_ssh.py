@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 from distributed import Security, SSHCluster
 from distributed.core import rpc
 
-from flame_dask import BootError, CallTimeout, FlamePool, PoolOptionsError, RunnerLost
+from flame_dask import BootError, FlamePool, PoolOptionsError, RunnerLost
 from support import alive, lines, pids, states
 
 Until = Callable[..., Any]
@@ -57,26 +56,6 @@ def make_ssh_pool(make_pool: MakePool, ssh_hosts: Any) -> MakePool:
     return make
 
 
-@pytest.fixture
-def make_python(tmp_path: Path) -> Callable[[str], str]:
-    """Make an interpreter that has this one's packages, but for what a line of code changes."""
-
-    def make(line: str) -> str:
-        (tmp_path / "sitecustomize.py").write_text(
-            "import importlib.metadata, sys\n"
-            "real = importlib.metadata.version\n"
-            "versions = {'flame-dask': '0.0.1'}\n"
-            "importlib.metadata.version = lambda name: versions.get(name) or real(name)\n"
-            f"{line}\n"
-        )
-        python = tmp_path / "python"
-        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-        python.chmod(0o755)
-        return str(python)
-
-    return make
-
-
 def test_c2_d1_d4_runners_on_both_hosts_and_then_none(
     make_ssh_pool: MakePool, ssh_hosts: Any, tmp_path: Path, until: Until
 ) -> None:
@@ -91,12 +70,11 @@ def test_c2_d1_d4_runners_on_both_hosts_and_then_none(
 
 
 def test_a8_the_package_comes_along_and_no_secret_is_seen(
-    make_ssh_pool: MakePool, make_python: Callable[[str], str]
+    make_ssh_pool: MakePool, python_without_flame: str
 ) -> None:
-    """From an interpreter that has Dask and not flame_dask; with TLS, since it was asked for."""
-    root = str(Path(__file__).parents[2])
-    python = make_python(f"sys.path[:] = [path for path in sys.path if path != {root!r}]")
-    pool = make_ssh_pool(max=1, security=Security.temporary(), cluster={"remote_python": python})
+    """With TLS, since it was asked for."""
+    there = {"remote_python": python_without_flame}
+    pool = make_ssh_pool(max=1, security=Security.temporary(), cluster=there)
     assert pool.cluster.scheduler.address.startswith("tls://")
 
     def look() -> tuple[str, list[str], list[str]]:
@@ -130,27 +108,6 @@ def test_a_client_without_the_pools_certificates_is_refused(make_ssh_pool: MakeP
             asyncio.run(ask(where, arguments))
 
 
-def test_e2_e3_out_of_time(make_ssh_pool: MakePool, tmp_path: Path, until: Until) -> None:
-    pool = make_ssh_pool(max=1, isolation="process")
-    assert pool.call(int) == 0
-    log = tmp_path / "log"
-    with pytest.raises(CallTimeout):
-        pool.call(run, str(log), timeout=1)
-    until(lambda: not alive(*pids(log)), 5)
-    assert pool.call(int) == 0
-
-
-def test_e3_a_runner_that_can_not_be_stopped_otherwise_is_killed(
-    make_ssh_pool: MakePool, until: Until
-) -> None:
-    pool = make_ssh_pool(max=1, max_concurrency=1)
-    pid = pool.call(os.getpid)
-    with pytest.raises(CallTimeout):
-        pool.call(time.sleep, 60, timeout=0.5)
-    assert pool.call(os.getpid, queue_timeout=20) != pid
-    until(lambda: not alive(pid), 5)
-
-
 def test_f2_a_runner_is_killed(make_ssh_pool: MakePool, tmp_path: Path, until: Until) -> None:
     pool = make_ssh_pool(max=1)
     log = tmp_path / "log"
@@ -162,42 +119,6 @@ def test_f2_a_runner_is_killed(make_ssh_pool: MakePool, tmp_path: Path, until: U
     assert (caught.value.cause, caught.value.signal) == ("signal", signal.SIGKILL)
     until(lambda: not alive(*pids(log)), 5)
     assert pool.call(int, queue_timeout=20) == 0
-
-
-def test_g3_the_parent_is_killed(ssh_hosts: Any, tmp_path: Path, until: Until) -> None:
-    log = tmp_path / "log"
-    program = tmp_path / "program.py"
-    program.write_text(
-        textwrap.dedent(
-            f"""
-            import os, subprocess, sys
-            from distributed import SSHCluster
-            from flame_dask import FlamePool
-
-            def run(log):
-                with open(log, "a") as file:
-                    file.write(f"{{os.getpid()}}\\n")
-                script = 'sleep 60 & echo "$!" >> "$0"; echo "$$" >> "$0"; wait'
-                subprocess.run(["sh", "-c", script, log])
-
-            if __name__ == "__main__":
-                pool = FlamePool("doomed", max=1, backend=(SSHCluster, {ssh_hosts.options!r}))
-                pool.call(run, sys.argv[1])
-            """
-        )
-    )
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, str(program), str(log)], env={**os.environ, "PYTHONPATH": root}
-    )
-    try:
-        until(lambda: len(lines(log)) == 3, 30)
-        process.kill()
-        process.wait()
-        until(lambda: not alive(*pids(log)), 10)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_f4_a_host_that_is_not_there(make_ssh_pool: MakePool, ssh_hosts: Any) -> None:

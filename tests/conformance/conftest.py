@@ -1,5 +1,5 @@
 """The services that tests here may ask for."""
 
-from services import ssh_hosts
+from services import slurm, ssh_hosts
 
-__all__ = ["ssh_hosts"]
+__all__ = ["slurm", "ssh_hosts"]

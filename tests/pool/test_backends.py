@@ -233,11 +233,12 @@ def test_a3_options_of_the_cluster_and_of_its_workers(
 
 
 def test_a3_nothing_listens_to_the_network(make_pool: MakePool, backend: Any) -> None:
+    here = psutil.Process()
+    others = set(here.children(recursive=True))  # services that other tests have started
     pool = make_pool(min=1, max=1, backend=backend[0])
     addresses = [pool.cluster.scheduler_address, *pool.client.scheduler_info()["workers"]]
     assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
-    here = psutil.Process()
-    for process in [here, *here.children(recursive=True)]:
+    for process in {here, *here.children(recursive=True)} - others:
         for connection in process.net_connections(kind="inet"):
             if connection.status == psutil.CONN_LISTEN:
                 assert connection.laddr.ip in ("127.0.0.1", "::1"), process.cmdline()
