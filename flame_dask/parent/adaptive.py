@@ -7,6 +7,7 @@ moment of need, and boots and stops each runner on its own, so that no boot wait
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,11 @@ from flame_dask.parent.port import Message
 logger = logging.getLogger("flame_dask")
 
 STOP_RETRY = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+#: Seconds for which a pool that is closing tries to stop a runner. An open one goes on: the runner
+#: counts until it is gone (C1). But a service that does not come back must not hold up the parent's
+#: end for ever (A6), and the runner ends by itself when that is there (G3).
+LAST_TRIES: float = 60.0
 
 
 class PoolAdaptive(Adaptive):
@@ -57,6 +63,7 @@ class PoolAdaptive(Adaptive):
         self._stops: dict[str, asyncio.Task[None]] = {}
         # How runners have ended by themselves that are being taken down now.
         self._endings: dict[str, Ending] = {}
+        self._closing = False
 
     async def target(self) -> int:
         """Return how many runners the core has ordered."""
@@ -80,6 +87,10 @@ class PoolAdaptive(Adaptive):
         """Stop all runners."""
         for runner in list(self._boots):
             self.halt(runner)
+
+    def hurry(self) -> None:
+        """Take note that the pool is closing."""
+        self._closing = True
 
     async def idle(self) -> None:
         """Wait until all orders have been carried out."""
@@ -116,10 +127,19 @@ class PoolAdaptive(Adaptive):
 
     async def _remove(self, runner: str, ending: Ending | None, force: bool = False) -> Ending:
         """Take down what is left of a runner. It costs money until this works, so it goes on."""
-        for attempt in range(10**9):
+        clock = asyncio.get_running_loop().time
+        end = None
+        for attempt in itertools.count():
             try:
                 last = await self.backend.stop(runner, force=force)
-            except Exception:
+            except Exception as error:
+                if self._closing:
+                    end = clock() + LAST_TRIES if end is None else end
+                    if clock() >= end:
+                        logger.error(
+                            "could not stop runner %s, and the pool is closed: it may go on until "
+                            "it notices that its parent is gone (%r)", runner, error)  # fmt: skip
+                        return ending or Ending(cause=error)
                 logger.exception("could not stop runner %s, trying again", runner)
                 await asyncio.sleep(STOP_RETRY[min(attempt, len(STOP_RETRY) - 1)])
             else:

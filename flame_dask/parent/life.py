@@ -300,6 +300,7 @@ class PoolLife(SyncMethodMixin):
         if not self._started:
             return
         self._open_done(PoolClosed(self.name))
+        self._adaptive.hurry()
         self._port.post({"what": "close"})
         await self._closed.wait()
         await self._adaptive.idle()

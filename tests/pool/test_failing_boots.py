@@ -391,3 +391,28 @@ def test_a6_a_runner_that_can_not_be_stopped_is_tried_again(
     assert pool.call(nap, 0)
     pool.close()
     assert sum("could not stop runner" in text for text in flame_log.texts()) == 2
+
+
+def test_a6_a_runner_that_can_not_be_stopped_does_not_hold_up_the_end(
+    make_pool: MakePool, backend: Any, flame_log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named. This backend's cluster takes it along; others see to their own end (G3)."""
+    monkeypatch.setattr("flame_dask.parent.adaptive.STOP_RETRY", (0.05,))
+    monkeypatch.setattr("flame_dask.parent.adaptive.LAST_TRIES", 0.3)
+
+    class Stubborn(Flaky):
+        async def stop(self, runner: str, *, force: bool = False) -> Ending:
+            if not said():
+                raise ConnectionError("the cloud does not answer")
+            return await super().stop(runner, force=force)
+
+    def said() -> list[str]:
+        return [text for text in flame_log.texts() if "the pool is closed" in text]
+
+    pool = make_pool(backend=Stubborn(backend, 1, lambda n: None), max=1)
+    assert pool.call(nap, 0)
+    [runner] = pool.status().runners
+    pool.close()
+    [line] = said()
+    assert runner.id in line
+    assert "the cloud does not answer" in line
