@@ -63,22 +63,30 @@ def strike(thread: int) -> None:
 
     While it is pending, CPython 3.11 lets no thread of the process call a function that is traced,
     by a debugger or to measure coverage: the interpreter starts the call over and over, to look for
-    the exception first. The other calls would wait for the stuck one. So it is taken back there;
-    and since that leaves the interpreter looking for it, one is raised and met here.
-
-    Nothing in between may call a function of Python.
+    the exception first. The other calls would wait for the stuck one. So it is taken back there.
     """
-    traced = sys.version_info < (3, 12) and sys.gettrace() is not None
+    if sys.version_info >= (3, 12) or sys.gettrace() is None:
+        _set_exception(thread, CallTerminated)
+        return
+    # In another thread: the handler of a signal is a function of Python, too, and called in the
+    # main thread at any moment. That would wait for itself to take the exception back.
+    helper = threading.Thread(target=_strike_for_a_moment, args=(thread,), name="flame-strike")
+    helper.start()
+    helper.join()
+
+
+def _strike_for_a_moment(thread: int) -> None:
+    """Raise the exception in a thread, and take it back. No function of Python is called here."""
     _set_exception(thread, CallTerminated)
-    if traced:
-        time.sleep(_MEETING)
-        _set_exception(thread, _NO_EXCEPTION)
-        try:  # not `suppress`, which is a function of Python
-            _set_exception(threading.get_ident(), CallTerminated)
-            while True:  # until it strikes, now
-                pass
-        except CallTerminated:
+    time.sleep(_MEETING)
+    _set_exception(thread, _NO_EXCEPTION)
+    # That leaves the interpreter looking for it: so one is raised and met here.
+    try:  # not `suppress`, which is a function of Python
+        _set_exception(threading.get_ident(), CallTerminated)
+        while True:  # until it strikes, now
             pass
+    except CallTerminated:
+        pass
 
 
 class Run:

@@ -472,3 +472,23 @@ def test_e3_running_costs_microseconds(loop: Loop) -> None:
     costs = min(registered(500) for _ in range(5)) - min(plain(500) for _ in range(5))
     assert costs < 100e-6
     print(f"{costs * 1e6:.1f} us")
+
+
+def test_e3_a_signal_while_the_exception_is_pending() -> None:
+    """Its handler is a function of Python: CPython 3.11 does not call that if it is traced."""
+    program = """if True:
+        import signal, sys, threading, time
+        from flame_dask.runner.threads import strike
+
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        stuck = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+        stuck.start()
+        sys.settrace(lambda *_: None)
+        for _ in range(5):
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+            strike(stuck.ident)
+        print("done")
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "done\n"
