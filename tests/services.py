@@ -7,11 +7,18 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+
+from flame_dask import FlamePool
+
+if TYPE_CHECKING:
+    from ecs_agent import ECS
+
+MakePool = Callable[..., FlamePool]
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,3 +104,85 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         yield folder
     service.close()
+
+
+@pytest.fixture(scope="session")
+def ecs_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ECS]:
+    """Amazon's ECS on this machine: its API by moto, what runs in its tasks is real."""
+    pytest.importorskip("dask_cloudprovider.aws", reason="dask-cloudprovider[aws] is missing")
+    pytest.importorskip("moto.server", reason="moto or flask-cors is missing")
+    from ecs_agent import ECS
+
+    with pytest.MonkeyPatch.context() as patch:
+        # For botocore's clients in this process and in programs; read before the server starts,
+        # which reads the last one.
+        patch.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
+        service = ECS(tmp_path_factory.mktemp("ecs"))
+        for name, value in service.environment.items():
+            patch.setenv(name, value)
+        with service.patched():
+            service.start()
+            yield service
+            service.close()
+
+
+@pytest.fixture(scope="session")
+def fargate_options(ecs_service: ECS) -> dict[str, Any]:
+    """What somebody has set up at Amazon once, for all pools: options of ``FargateCluster``."""
+    client = ecs_service.client
+    ec2, ecs = client("ec2"), client("ecs")
+    [vpc] = [each["VpcId"] for each in ec2.describe_vpcs()["Vpcs"] if each["IsDefault"]]
+    subnets = [each["SubnetId"] for each in ec2.describe_subnets()["Subnets"]][:2]
+    group = ec2.create_security_group(GroupName="mine", Description="mine", VpcId=vpc)["GroupId"]
+    client("logs").create_log_group(logGroupName="mine")
+    log = {
+        "logDriver": "awslogs",
+        "options": {
+            "awslogs-region": ec2.meta.region_name,
+            "awslogs-group": "mine",
+            "awslogs-stream-prefix": "pools",
+        },
+    }
+    container = {"name": "dask-worker", "image": "dask", "memory": 2048, "logConfiguration": log}
+    definition = ecs.register_task_definition(
+        family="mine",
+        networkMode="awsvpc",
+        cpu="1024",
+        memory="2048",
+        containerDefinitions=[container],
+    )
+    return {
+        "cluster_arn": ecs.create_cluster(clusterName="mine")["cluster"]["clusterArn"],
+        "execution_role_arn": "arn:aws:iam::123456789012:role/mine",
+        "task_role_arn": "arn:aws:iam::123456789012:role/mine",
+        "cloudwatch_logs_group": "mine",
+        "vpc": vpc,
+        "subnets": subnets,
+        "security_groups": [group],
+        "worker_task_definition_arn": definition["taskDefinition"]["taskDefinitionArn"],
+        "fargate_use_private_ip": True,
+    }
+
+
+@pytest.fixture
+def ecs(ecs_service: ECS, monkeypatch: pytest.MonkeyPatch) -> Iterator[ECS]:
+    """ECS without faults and with nothing in it, looked at often; fails if a task is left."""
+    ecs_service.reset()
+    monkeypatch.setattr("flame_dask.backends.ecs_tasks.QUICK", 0.1)
+    monkeypatch.setattr("flame_dask.backends.ecs_tasks.CALM", 0.5)
+    yield ecs_service
+    left = ecs_service.unstopped()
+    ecs_service.kill_all()  # for the tests that follow
+    assert left == []
+
+
+@pytest.fixture
+def make_ecs_pool(make_pool: MakePool, fargate_options: dict[str, Any]) -> MakePool:
+    """Open pools on Fargate; ``cluster`` are options for the class, beyond the ready-made ones."""
+    from dask_cloudprovider.aws import FargateCluster
+
+    def make(**options: Any) -> FlamePool:
+        given = {**fargate_options, **options.pop("cluster", {})}
+        return make_pool(backend=(FargateCluster, given), **{"host": "127.0.0.1", **options})
+
+    return make

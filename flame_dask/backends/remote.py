@@ -73,10 +73,14 @@ class RemoteBackend(SpecBackend):
             "silence_logs": logging.WARNING,
         }
         if asynchronous:
-            self.cluster = SpecCluster(asynchronous=True, **options)
+            self.cluster = self.factory(asynchronous=True, **options)
         else:
-            self.cluster = internals.start_cluster(SpecCluster, **options)
+            self.cluster = internals.start_cluster(self.factory, **options)
         return self.cluster
+
+    def factory(self, **options: Any) -> SpecCluster:
+        """Make the cluster, with these options of ``SpecCluster``."""
+        return SpecCluster(**options)
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that make a worker of Dask one of this pool's runners.

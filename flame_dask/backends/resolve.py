@@ -12,13 +12,14 @@ from flame_dask.backends.base import Backend
 from flame_dask.backends.jobqueue import JobQueueBackend, is_job_queue
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.ssh import SSHBackend
+from flame_dask.backends.vendor import is_ecs
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
 _REMEDY = (
-    "give LocalCluster, SubprocessCluster, SSHCluster or a class of dask-jobqueue, one of them "
-    "with options as (class, {...}), its dotted path, a running LocalCluster, or an object with "
-    "the methods of flame_dask.backends.base.Backend"
+    "give LocalCluster, SubprocessCluster, SSHCluster, FargateCluster, ECSCluster or a class of "
+    "dask-jobqueue, one of them with options as (class, {...}), its dotted path, a running "
+    "LocalCluster, or an object with the methods of flame_dask.backends.base.Backend"
 )
 
 
@@ -49,6 +50,10 @@ def resolve(options: PoolOptions) -> Backend:
         return SSHBackend(options, more)
     if is_job_queue(given):
         return JobQueueBackend(options, given, more)
+    if is_ecs(given):
+        from flame_dask.backends.ecs import ECSBackend
+
+        return ECSBackend(options, given, more)
     if isinstance(given, SpecCluster):
         return _running(options, given)
     if not isinstance(given, type) and isinstance(given, Backend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,21 @@ def _text(value: Any) -> str:
     """Return a certificate itself: a path means nothing on another machine."""
     text = str(value)
     return text if "\n" in text or not Path(text).exists() else Path(text).read_text()
+
+
+class _WithoutEnvironments(logging.Filter):
+    """Empties records that show the environment of a task of ECS, and with it its certificates."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "containerOverrides" in record.getMessage():
+            record.msg, record.args = "<hidden: it has the environment of a task>", ()
+        return True
+
+
+_WITHOUT_ENVIRONMENTS = _WithoutEnvironments()
+
+
+def keep_out_of_vendors_logs() -> None:
+    """Have Amazon's library log no environments: at its lowest level it shows all requests."""
+    for name in ("botocore.endpoint", "botocore.parsers", "aiobotocore.endpoint"):
+        logging.getLogger(name).addFilter(_WITHOUT_ENVIRONMENTS)  # once: it is the same one

@@ -1,4 +1,4 @@
-"""The services that tests here may ask for, and interpreters for runners."""
+"""Interpreters for runners."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from services import slurm, ssh_hosts
-
-__all__ = ["slurm", "ssh_hosts"]
 
 
 @pytest.fixture
