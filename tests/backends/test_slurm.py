@@ -16,7 +16,7 @@ import pytest
 from distributed import Security
 
 from flame_dask import BootError, CallTimeout, FlamePool, PoolOptionsError, RunnerLost
-from support import alive, lines, pids, states
+from support import alive, lines, pids, states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -24,10 +24,8 @@ MakePool = Callable[..., FlamePool]
 pytestmark = [pytest.mark.backend, pytest.mark.usefixtures("kills_runners")]
 
 
-def wait_for_file(path: str) -> str:
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(path):
-        time.sleep(0.005)
+def wait_and_tell(path: str) -> str:
+    wait_for_file(path)
     return os.environ["SLURM_JOB_ID"]
 
 
@@ -78,7 +76,7 @@ def test_c2_d1_d4_two_jobs_on_demand_and_then_none(
     pool = make_job_pool(max=2, max_concurrency=1, idle_shutdown_after=0.5)
     assert (pool.status().runners, queue()) == ((), [])
     gate = tmp_path / "gate"
-    futures = [pool.submit(wait_for_file, str(gate)) for _ in range(2)]
+    futures = [pool.submit(wait_and_tell, str(gate)) for _ in range(2)]
     until(lambda: states(pool) == ["ready", "ready"], 30)
     jobs = queue()
     gate.touch()
@@ -140,7 +138,7 @@ def test_e5_f2_a_job_is_cancelled_by_somebody_else(
         future.result(20)
     assert caught.value.cause == "preempted"
     until(lambda: not alive(*pids(log)), 10)
-    assert pool.call(wait_for_file, "/", queue_timeout=20) != job
+    assert pool.call(wait_and_tell, "/", queue_timeout=20) != job
 
 
 def test_f2_a_runner_is_killed(make_job_pool: MakePool, tmp_path: Path, until: Until) -> None:

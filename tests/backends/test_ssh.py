@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from distributed import Security, SSHCluster
 from distributed.core import rpc
 
 from flame_dask import BootError, FlamePool, PoolOptionsError, RunnerLost
-from support import alive, lines, pids, states
+from support import alive, lines, pids, states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -33,10 +32,8 @@ def port_of_my_server() -> str:
     return os.environ["SSH_CONNECTION"].split()[3]
 
 
-def wait_for_file(path: str) -> str:
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not os.path.exists(path):
-        time.sleep(0.005)
+def wait_and_tell(path: str) -> str:
+    wait_for_file(path)
     return port_of_my_server()
 
 
@@ -62,7 +59,7 @@ def test_c2_d1_d4_runners_on_both_hosts_and_then_none(
     pool = make_ssh_pool(max=2, max_concurrency=1, idle_shutdown_after=0.5)
     assert pool.status().runners == ()
     gate = tmp_path / "gate"
-    futures = [pool.submit(wait_for_file, str(gate)) for _ in range(2)]
+    futures = [pool.submit(wait_and_tell, str(gate)) for _ in range(2)]
     until(lambda: states(pool) == ["ready", "ready"], 20)
     gate.touch()
     assert {future.result(10) for future in futures} == {str(port) for port in ssh_hosts.ports}
