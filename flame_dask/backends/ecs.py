@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import dask.config
-from distributed import Scheduler, SchedulerPlugin, SpecCluster
+from distributed import SpecCluster
 from distributed.core import Status
 
 from flame_dask.backends import lease
@@ -143,7 +143,6 @@ class ECSBackend(RemoteBackend):
         )
         await self._source._start()
         scheduler: Any = cluster.scheduler
-        scheduler.add_plugin(Attendance(cluster))
 
         def present() -> set[str]:
             return {str(worker.name) for worker in scheduler.workers.values()}
@@ -208,19 +207,10 @@ class ECSBackend(RemoteBackend):
             *(() if limit is None else ("--death-timeout", f"{limit:g}")),
         ]  # fmt: skip
 
-    async def watch(self, runner: str) -> Ending:
-        """Wait until the task ends by itself."""
-        assert self.cluster is not None
-        member: Any = self.cluster.workers[runner]
-        ending = await super().watch(runner)
+    async def ending(self, member: Any) -> Ending:
+        """Say how a task ended, and what it said last."""
+        ending = await super().ending(member)
         return ending._replace(log_tail=await member.last_words())
-
-    async def stop(self, runner: str, *, force: bool = False) -> Ending:
-        """Have the task stopped."""
-        assert self.cluster is not None
-        member: Any = self.cluster.workers.get(runner)
-        ending = await super().stop(runner, force=force)
-        return ending if member is None else ending._replace(log_tail=await member.last_words())
 
 
 class SourcedCluster(SpecCluster):
@@ -251,27 +241,6 @@ class SourcedCluster(SpecCluster):
     async def _close(self) -> None:
         await super()._close()
         await self._backend.tidy()
-
-
-class Attendance(SchedulerPlugin):
-    """Marks runners that come to the scheduler.
-
-    Parameters
-    ----------
-    cluster
-        Has the runners.
-    """
-
-    name = "flame-attendance"
-
-    def __init__(self, cluster: SpecCluster) -> None:
-        self._cluster = cluster
-
-    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        """Mark one."""
-        member: Any = self._cluster.workers.get(str(scheduler.workers[worker].name))
-        if member is not None:
-            member.connected = True
 
 
 def _request(told: Mapping[str, Any]) -> dict[str, Any]:

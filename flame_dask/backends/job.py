@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,8 +94,13 @@ class JobRunner(ProcessInterface):
         Says what becomes of the job; ``None`` if nothing does.
     environment
         Environment variables, with certificates.
-    seen
-        The names of runners that have connected, at any time.
+    connected
+        Says of a runner whether it is connected to the scheduler.
+
+    Attributes
+    ----------
+    connected
+        Whether it has ever been: one that dies the moment after was there, too.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class JobRunner(ProcessInterface):
         folder: JobFolder,
         queue: Queue | None,
         environment: Mapping[str, str],
-        seen: Set[str],
+        connected: Callable[[str], bool],
     ) -> None:
         super().__init__(scheduler, name)
         self.name = name
@@ -121,7 +126,8 @@ class JobRunner(ProcessInterface):
         self._folder = folder
         self._queue = queue
         self._environment = environment
-        self._seen = seen
+        self._is_connected = connected
+        self.connected = False
         self._file: Path | None = None
         self.job: Any = None
         self._submission: asyncio.Future[None] | None = None
@@ -155,19 +161,22 @@ class JobRunner(ProcessInterface):
             raise RuntimeError(words) from error
         await super().start()
 
-    async def over(self, connected: Callable[[], bool]) -> None:
+    def _here(self) -> bool:
+        return self._is_connected(self.name)
+
+    async def finished(self) -> None:
         """Wait until the job is over, or can't begin.
 
         The queue is asked only while there is no connection to the runner.
         """
         pause = FIRST_LOOK
         while True:
-            if connected():
+            if self._here():
                 pause = FIRST_LOOK
                 await asyncio.sleep(CONNECTION_LOOK)
                 continue
             if self._queue is None:
-                if self.name in self._seen:
+                if self.connected:
                     return
                 await asyncio.sleep(CONNECTION_LOOK)
                 continue
@@ -180,12 +189,15 @@ class JobRunner(ProcessInterface):
                 if not self._state.there or self._state.hopeless:
                     return
             end = asyncio.get_running_loop().time() + pause
-            while not connected() and asyncio.get_running_loop().time() < end:
+            while not self._here() and asyncio.get_running_loop().time() < end:
                 await asyncio.sleep(min(CONNECTION_LOOK, pause))
             pause = min(pause * 1.5, LAST_LOOK)
 
-    async def end(self, force: bool, connected: Callable[[], bool]) -> None:
+    async def end(self, force: bool = False) -> None:
         """Cancel the job, and wait until the queue no longer has it."""
+        await self._end(force, self._here)
+
+    async def _end(self, force: bool, connected: Callable[[], bool]) -> None:
         async with self.lock:  # not while it is being started
             if self._gone:
                 return
@@ -213,7 +225,7 @@ class JobRunner(ProcessInterface):
     async def _cancel(self, queue: Queue, force: bool, connected: Callable[[], bool]) -> None:
         job, loop = self.job, asyncio.get_running_loop()
         state = await queue.look(job.job_id)
-        if self.name in self._seen and not connected():
+        if self.connected and not connected():
             # It may have ended by itself a moment ago: to cancel it now would hide how.
             end = loop.time() + OWN_END
             while state.there and loop.time() < end:
@@ -252,7 +264,7 @@ class JobRunner(ProcessInterface):
 
     async def close(self) -> None:
         """Cancel the job."""
-        await self.end(False, lambda: False)
+        await self._end(False, lambda: False)
         await super().close()
 
     def cancel_command(self) -> list[str]:
@@ -273,7 +285,7 @@ class JobRunner(ProcessInterface):
         if state.reason not in ("", "None"):
             cause += f" ({state.reason})"
         log = await asyncio.to_thread(self._log)
-        if not log and self.name not in self._seen and not state.there:
+        if not log and not self.connected and not state.there:
             cause += (
                 f"; it has left no word in {self._log_directory or self._folder.path()}, "
                 "which has to be a folder that the nodes share (shared_temp_directory)"

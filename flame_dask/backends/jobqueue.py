@@ -24,11 +24,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import dask.config
-from distributed import Scheduler
 from distributed.deploy.spec import ProcessInterface
-from distributed.diagnostics.plugin import SchedulerPlugin
 
-from flame_dask import dask_internals as internals
 from flame_dask.backends.base import Ending
 from flame_dask.backends.job import JobFolder, JobRunner
 from flame_dask.backends.queues import Queue, kind_of
@@ -113,8 +110,6 @@ class JobQueueBackend(RemoteBackend):
         scheduler = dict(setting("scheduler_options", {}))
         if setting("interface") and not options.host and "host" not in scheduler:
             scheduler.setdefault("interface", setting("interface"))
-        self._seen = Seen()
-        scheduler["plugins"] = [self._seen, *scheduler.get("plugins", ())]
         super().__init__(options, self._name, scheduler, local=False)
 
         # Once the job runs it has no need of the time that it may wait in the queue.
@@ -212,34 +207,16 @@ class JobQueueBackend(RemoteBackend):
             "folder": self._folder,
             "queue": self._queue,
             "environment": self.environment(),
-            "seen": self._seen.runners,
+            "connected": self._connected,
         }
 
     def _connected(self, runner: str) -> bool:
         scheduler: Any = None if self.cluster is None else self.cluster.scheduler
         return scheduler is not None and runner in scheduler.aliases
 
-    async def watch(self, runner: str) -> Ending:
-        """Wait until a job is over, or can't begin."""
-        assert self.cluster is not None
-        member: Any = self.cluster.workers[runner]
-        await member.over(lambda: self._connected(runner))
-        return await self._ending(member)
-
-    async def _ending(self, member: Any) -> Ending:
+    async def ending(self, member: Any) -> Ending:
+        """Say how a job ended."""
         ending: Ending = await member.ending()
-        return ending
-
-    async def stop(self, runner: str, *, force: bool = False) -> Ending:
-        """Cancel a job; returns when the queue no longer has it."""
-        assert self.cluster is not None
-        member: Any = self.cluster.workers.get(runner)
-        if member is None:
-            return Ending()
-        await member.end(force, lambda: self._connected(runner))
-        await internals.stop_member(self.cluster, runner)
-        ending = await self._ending(member)
-        self._seen.runners.discard(runner)
         return ending
 
     def kill(self) -> None:
@@ -269,30 +246,3 @@ class JobQueueBackend(RemoteBackend):
             await closing
         finally:
             self._folder.remove()
-
-
-class Seen(SchedulerPlugin):
-    """Takes down who has connected: a runner that dies the moment after was there, too.
-
-    Attributes
-    ----------
-    runners
-        Their names.
-    """
-
-    name = "flame-jobs"
-
-    def __init__(self) -> None:
-        self.runners: set[str] = set()
-
-    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        """Take down a runner."""
-        self.runners.add(str(scheduler.workers[worker].name))
-
-
-def is_job_queue(given: Any) -> bool:
-    """Tell whether something is a cluster class of dask-jobqueue, without importing that."""
-    module = sys.modules.get("dask_jobqueue.core")
-    return (
-        module is not None and isinstance(given, type) and issubclass(given, module.JobQueueCluster)
-    )

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from distributed import Scheduler, SpecCluster
+from distributed import Scheduler, SchedulerPlugin, SpecCluster
 
 from flame_dask import dask_internals as internals
 from flame_dask import package
@@ -60,6 +60,7 @@ class RemoteBackend(SpecBackend):
             "host": host,
             "security": self.security,
             "contact": options.contact_address,
+            "plugins": [Attendance(self), *scheduler.get("plugins", ())],
         }
 
     def open(self, *, asynchronous: bool) -> Any:
@@ -96,6 +97,29 @@ class RemoteBackend(SpecBackend):
         if self._pool_options.boot_timeout is not None:
             variables[BOOT_TIMEOUT] = str(self._pool_options.boot_timeout)
         return {**variables, **self._pool_options.env}
+
+
+class Attendance(SchedulerPlugin):
+    """Marks each runner that comes to the scheduler as ``connected``, whatever becomes of it.
+
+    Parameters
+    ----------
+    backend
+        Has the cluster that has the runners.
+    """
+
+    name = "flame-attendance"
+
+    def __init__(self, backend: SpecBackend) -> None:
+        self._backend = backend
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Mark one."""
+        cluster = self._backend.cluster
+        members: Mapping[str, Any] = {} if cluster is None else cluster.workers
+        member = members.get(str(scheduler.workers[worker].name))
+        if member is not None:
+            member.connected = True
 
 
 class ParentScheduler(Scheduler):

@@ -9,10 +9,9 @@ from distributed import LocalCluster, Nanny, SpecCluster, SSHCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask.backends.base import Backend
-from flame_dask.backends.jobqueue import JobQueueBackend, is_job_queue
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.ssh import SSHBackend
-from flame_dask.backends.vendor import is_ecs
+from flame_dask.backends.vendor import is_ecs, is_job_queue, split
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
@@ -36,10 +35,7 @@ def resolve(options: PoolOptions) -> Backend:
     PoolOptionsError
         If the backend can't be found, or is not supported.
     """
-    given = options.backend
-    more: dict[str, Any] = {}
-    if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], dict):
-        given, more = given[0], dict(given[1])
+    given, more = split(options.backend)
     if isinstance(given, str):
         given = _imported(given)
     if given is None:
@@ -49,6 +45,8 @@ def resolve(options: PoolOptions) -> Backend:
     if given is SSHCluster:
         return SSHBackend(options, more)
     if is_job_queue(given):
+        from flame_dask.backends.jobqueue import JobQueueBackend
+
         return JobQueueBackend(options, given, more)
     if is_ecs(given):
         from flame_dask.backends.ecs import ECSBackend

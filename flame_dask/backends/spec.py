@@ -48,9 +48,9 @@ class SpecBackend:
         assert self.cluster is not None
         member = self.cluster.workers[runner]
         await member.finished()
-        return self.ending(member)
+        return await self.ending(member)
 
-    def ending(self, member: Any) -> Ending:
+    async def ending(self, member: Any) -> Ending:
         """Say how a worker ended."""
         ending: Ending = member.ending()
         return ending
@@ -62,7 +62,7 @@ class SpecBackend:
         if member is not None:
             await member.end(force)
         await internals.stop_member(self.cluster, runner)
-        return Ending() if member is None else self.ending(member)
+        return Ending() if member is None else await self.ending(member)
 
     def kill(self) -> None:
         """End what can be ended without an event loop, because the interpreter exits."""

@@ -18,6 +18,11 @@ def split(backend: Any) -> tuple[Any, dict[str, Any]]:
     return backend, {}
 
 
+def is_job_queue(given: Any) -> bool:
+    """Tell whether this is a cluster class of dask-jobqueue, or alike."""
+    return _descends(given, "dask_jobqueue.core", "JobQueueCluster")
+
+
 def is_ecs(given: Any) -> bool:
     """Tell whether this is dask-cloudprovider's ``ECSCluster``, ``FargateCluster``, or alike."""
     return _descends(given, "dask_cloudprovider.aws.ecs", "ECSCluster")
