@@ -19,6 +19,7 @@ from distributed.comm.core import CommClosedError
 from distributed.core import Status, clean_exception
 from distributed.protocol.pickle import dumps
 from distributed.protocol.serialize import Serialize, Serialized, ToPickle, deserialize
+from distributed.threadpoolexecutor import ThreadPoolExecutor
 from distributed.utils import LoopRunner
 from distributed.worker import get_data_from_worker
 
@@ -166,6 +167,18 @@ def cordon_worker(scheduler: Scheduler, address: str, stimulus_id: str) -> None:
     )
 
 
+def count_threads(scheduler: Scheduler, address: str, threads: int) -> None:
+    """Let a worker count as one of so many threads, which it is going to have."""
+    worker = scheduler.workers[address]
+    scheduler.total_nthreads += threads - worker.nthreads
+    worker.nthreads = threads
+
+
+def strike_off_worker(scheduler: Scheduler, address: str, stimulus_id: str) -> None:
+    """Forget a worker that does not go, soon."""
+    scheduler.loop.add_callback(scheduler.remove_worker, address, stimulus_id=stimulus_id)
+
+
 def close_scheduler(scheduler: Scheduler) -> None:
     """Close a scheduler that nobody needs any more, soon; its process ends with it."""
     scheduler.loop.add_callback(scheduler.close)
@@ -193,19 +206,34 @@ def make_task(key: str, func: Callable[..., Any], *args: Any) -> Task:
     return Task(key, func, *args)
 
 
-async def install_local(scheduler: Scheduler, host: Any, runner: Any) -> None:
-    """Put the pool's plugins on a scheduler in this process, without a copy of the host."""
+async def install_local(scheduler: Scheduler, host: Any, runner: Any, name: str) -> None:
+    """Put the pool's plugins on a scheduler in this process, without a copy of the host.
+
+    ``name`` is that of the runner's.
+    """
     scheduler.add_plugin(host)
     await host.start(scheduler)
     await scheduler.register_worker_plugin(
-        comm=None, plugin=dumps(runner), name=runner.name, idempotent=False
+        comm=None, plugin=dumps(runner), name=name, idempotent=False
     )
 
 
-async def install_remote(client: Client, host: Any, runner: Any) -> None:
-    """Put the pool's plugins on a scheduler elsewhere."""
+async def install_remote(client: Client, host: Any, runner: Any, name: str) -> None:
+    """Put the pool's plugins on a scheduler elsewhere; ``name`` is that of the runner's."""
     await client._register_scheduler_plugin(host, name=host.name, idempotent=False)
-    await client._register_worker_plugin(runner, name=runner.name, idempotent=False)
+    await client._register_worker_plugin(runner, name=name, idempotent=False)
+
+
+async def uninstall_remote(client: Client, host: Any, runner: Any) -> None:
+    """Take the pool's plugins off a scheduler elsewhere that goes on without the pool."""
+    await client._unregister_worker_plugin(runner.name)
+    scheduler: Any = client.scheduler
+    await scheduler.unregister_scheduler_plugin(name=host.name)
+
+
+async def run_on_scheduler(client: Client, function: Any, *args: Any) -> Any:
+    """Run a function in the process of a scheduler elsewhere; on the event loop."""
+    return await client._run_on_scheduler(function, *args)
 
 
 async def uninstall_local(scheduler: Scheduler, host: Any, runner: Any) -> None:
@@ -245,6 +273,24 @@ def has_work(worker: Worker, kind: type, ignored: Container[Any]) -> bool:
     if any(task.key not in ignored for task in (*state.executing, *state.long_running)):
         return True
     return any(isinstance(value, kind) for value in list(worker.data.values()))
+
+
+def set_threads(worker: Worker, threads: int) -> None:
+    """Let a worker that has just started run so many tasks at the same time."""
+    pool: Any = worker.executors["default"]
+    if worker.state.nthreads != threads:
+        name = "Dask-Default-Threads"
+        worker.executors["default"] = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        pool.shutdown(wait=False)
+        worker.state.nthreads = threads
+
+
+async def dismiss_nanny(worker: Worker) -> None:
+    """Tell a worker's nanny, if it has one, that the worker is about to end for good."""
+    address: Any = worker.nanny
+    if address:
+        async with worker.rpc(address) as nanny:
+            await nanny.close_gracefully(reason="the pool has ended its worker")
 
 
 def is_closing(worker: Worker) -> bool:
@@ -492,8 +538,16 @@ async def stop_member(cluster: SpecCluster, name: str) -> None:
         cluster.workers.pop(name, None)
 
 
+async def unregister_worker(cluster: SpecCluster, address: str, stimulus_id: str) -> None:
+    """Have the scheduler of a cluster let a worker go, which closes then."""
+    comm: Any = cluster.scheduler_comm
+    await comm.unregister(address=address, stimulus_id=stimulus_id)
+
+
 def forget_adaptive(cluster: Any, adaptive: Any) -> None:
     """Leave a cluster without this ``Adaptive``, and without its options for the next one."""
+    if not hasattr(cluster, "_adaptive"):  # it has no place for one
+        return
     if cluster._adaptive is adaptive:
         adaptive.stop()
         cluster._adaptive = None

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
+from typing import Any
 
 #: What runners never import.
 _LEFT_OUT = frozenset({"__pycache__", "testing", "integrations"})
@@ -24,7 +25,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def misfit(theirs: Mapping[str, str | None], ours: Mapping[str, str] | None = None) -> str:
+def misfit(
+    theirs: Mapping[str, str | None],
+    ours: Mapping[str, str] | None = None,
+    who: str = "runner",
+) -> str:
     """Say why a runner with these versions can't work for this parent; nothing if it can.
 
     Python has to be of the same minor version, since functions travel as its byte code. Dask and
@@ -49,7 +54,7 @@ def misfit(theirs: Mapping[str, str | None], ours: Mapping[str, str] | None = No
         if there is None or there.split(".")[:2] != ours[name].split(".")[:2]:
             shown = "Python" if name == "python" else name
             has = f"has {shown} {there}" if there else f"has no {shown}"
-            problems.append(f"the runner {has}, the parent has {ours[name]}: {remedy}")
+            problems.append(f"the {who} {has}, the parent has {ours[name]}: {remedy}")
     return "; ".join(problems)
 
 
@@ -71,6 +76,40 @@ def _add(zipped: zipfile.ZipFile, folder: Traversable, name: str) -> None:
             _add(zipped, entry, path)
         else:
             zipped.writestr(path, entry.read_bytes())
+
+
+class AsText:
+    """Something of a module that travels as the module's text, for who need not have flame_dask.
+
+    It is pickled as what another process makes of it: whatever unpickles it has the thing itself.
+
+    Parameters
+    ----------
+    module
+        The module, which may import only what is there.
+    expression
+        What is wanted of it; it may use ``values``.
+    values
+        Things that can be pickled without flame_dask.
+
+    Examples
+    --------
+    >>> import pickle
+    >>> there = AsText("flame_dask.scheduler.welcome", "found")
+    >>> pickle.loads(pickle.dumps(there))()["python"] == versions()["python"]
+    True
+    """
+
+    def __init__(self, module: str, expression: str, **values: object) -> None:
+        self._module = module
+        self._expression = expression
+        self._values = values
+
+    def __reduce__(self) -> tuple[Any, tuple[str, dict[str, object]]]:
+        package, _, name = self._module.rpartition(".")
+        text = (importlib.resources.files(package) / f"{name}.py").read_text()
+        names = {"__name__": name, "flame_text": text, **self._values}
+        return eval, (f"exec(flame_text) or {self._expression}", names)
 
 
 @functools.cache

@@ -24,10 +24,26 @@ from distributed.deploy.subprocess import SubprocessCluster
 
 import support
 from flame_dask import FlamePool
-from services import ecs, ecs_service, fargate_options, make_ecs_pool, slurm, ssh_hosts
+from services import (
+    ecs,
+    ecs_service,
+    fargate_options,
+    gateway_server,
+    make_ecs_pool,
+    slurm,
+    ssh_hosts,
+)
 
 #: Fixtures for tests in several folders: there can be only one of these services in a process.
-__all__ = ["ecs", "ecs_service", "fargate_options", "make_ecs_pool", "slurm", "ssh_hosts"]
+__all__ = [
+    "ecs",
+    "ecs_service",
+    "fargate_options",
+    "gateway_server",
+    "make_ecs_pool",
+    "slurm",
+    "ssh_hosts",
+]
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]

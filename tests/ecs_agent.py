@@ -16,40 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 from moto.ecs import ecs_backends
 from moto.ecs.exceptions import EcsClientException, ECSException
 from moto.ecs.models import EC2ContainerServiceBackend
 from moto.ecs.responses import EC2ContainerServiceResponse
 from moto.moto_api import state_manager
-from moto.server import ThreadedMotoServer
 
-ACCOUNT = "123456789012"
-REGION = "us-east-1"
-
-#: Run by each interpreter of a task first: there flame_dask is not installed (A8), and Python and
-#: Distributed may be other versions.
-SITECUSTOMIZE = """
-import importlib.metadata as metadata
-import os
-import sys
-
-sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p, "flame_dask"))]
-original = metadata.version
-
-
-def version(package):
-    if package.replace("_", "-") == "flame-dask":
-        raise metadata.PackageNotFoundError(package)
-    if package == "distributed" and "ANOTHER_DISTRIBUTED" in os.environ:
-        return os.environ["ANOTHER_DISTRIBUTED"]
-    return original(package)
-
-
-metadata.version = version
-if "ANOTHER_PYTHON" in os.environ:
-    sys.version = " ".join([os.environ["ANOTHER_PYTHON"], *sys.version.split()[1:]])
-"""
+from moto_server import ACCOUNT, REGION, Moto
+from support import make_site
 
 
 class Throttled(ECSException):
@@ -81,7 +55,7 @@ def no_capacity() -> None:
     raise EcsClientException("Capacity is unavailable at this time. Please try again later.")
 
 
-class ECS:
+class ECS(Moto):
     """The service, with an agent.
 
     Attributes
@@ -123,31 +97,11 @@ class ECS:
         self._numbers = iter(range(2, 250))
         self._over = threading.Event()
         self._lock = threading.Lock()
-        (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        self.server.start()
-        host, port = self.server.get_host_and_port()
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": REGION,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
-        }
+        make_site(folder / "site")
+        super().__init__()
         # Otherwise each look at a task would take it a step further to its end.
         state_manager.set_transition("ecs::task", {"progression": "manual", "times": 10**9})
         self._thread = threading.Thread(target=self._attend, name="ecs-agent", daemon=True)
-
-    def client(self, service: str) -> Any:
-        return boto3.client(
-            service,
-            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-            region_name=REGION,
-        )
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -349,4 +303,4 @@ class ECS:
         for process in self.processes.values():
             self._kill(process)
             process.wait()
-        self.server.stop()
+        super().close()

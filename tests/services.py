@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import getpass
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import pytest
 
 from flame_dask import FlamePool
+from support import make_site
 
 if TYPE_CHECKING:
     from ecs_agent import ECS
@@ -186,3 +193,76 @@ def make_ecs_pool(make_pool: MakePool, fargate_options: dict[str, Any]) -> MakeP
         return make_pool(backend=(FargateCluster, given), **{"host": "127.0.0.1", **options})
 
     return make
+
+
+class GatewayServer(NamedTuple):
+    """A server of Dask Gateway on loopback."""
+
+    address: str
+    folder: Path
+    process: psutil.Process
+
+    def clusters(self) -> list[str]:
+        """Return the clusters that have not been ended."""
+        from dask_gateway import Gateway
+
+        async def ask() -> list[str]:
+            async with Gateway(self.address, asynchronous=True) as gateway:
+                return [report.name for report in await gateway.list_clusters()]
+
+        return asyncio.run(ask())
+
+    def stop(self, cluster: str) -> None:
+        """End a cluster."""
+        from dask_gateway import Gateway
+
+        async def stop() -> None:
+            async with Gateway(self.address, asynchronous=True) as gateway:
+                await gateway.stop_cluster(cluster)
+
+        asyncio.run(stop())
+
+    def wanted(self, cluster: str) -> int:
+        """Return how many workers the server has last been told to have."""
+        log = (self.folder / "server.log").read_text()
+        return int(re.findall(rf"{cluster} heartbeat \[count: (\d+)", log)[-1])
+
+    def processes(self, cluster: str = "", *, kind: str = "") -> list[psutil.Process]:
+        """Return what runs of a cluster, or of all: ``scheduler``, ``worker`` or either.
+
+        It is told by its folder, which is one of the server's.
+        """
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                here = process.cwd().startswith(f"{self.folder}/clusters/{cluster}")
+                if here and (kind in process.cmdline() or not kind):
+                    found.append(process)
+        return found
+
+
+@contextlib.contextmanager
+def start_gateway_server(folder: Path) -> Iterator[GatewayServer]:
+    """Start a server of Dask Gateway, and end it in the end if it is still there."""
+    pytest.importorskip("dask_gateway")
+    from dask_gateway.comm import GatewayConnector
+
+    [port] = free_ports(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHON", sys.executable)
+        patch.setenv("CLUSTER_PYTHONPATH", make_site(folder / "site"))
+        service = Service("gateway", folder, port)
+    # dask-gateway has two threads for the process that look up host names; they stay.
+    both = threading.Barrier(2)
+    list(GatewayConnector._executor.map(lambda _: both.wait(10), range(2)))
+    [process] = psutil.Process(service.process.pid).children()
+    try:
+        yield GatewayServer(f"http://127.0.0.1:{port}", folder, process)
+    finally:
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def gateway_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayServer]:
+    with start_gateway_server(tmp_path_factory.mktemp("gateway")) as server:
+        yield server

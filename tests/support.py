@@ -63,6 +63,40 @@ def runner_pid(pool: FlamePool) -> int:
     return pid
 
 
+#: Run by an interpreter first that is to be one of another environment (A8).
+_SITECUSTOMIZE = """
+import importlib.metadata as metadata
+import os
+import sys
+
+sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p, "flame_dask"))]
+original = metadata.version
+
+
+def version(package):
+    if package.replace("_", "-") == "flame-dask":
+        raise metadata.PackageNotFoundError(package)
+    if package == "distributed" and "ANOTHER_DISTRIBUTED" in os.environ:
+        return os.environ["ANOTHER_DISTRIBUTED"]
+    return original(package)
+
+
+metadata.version = version
+if "ANOTHER_PYTHON" in os.environ:
+    sys.version = " ".join([os.environ["ANOTHER_PYTHON"], *sys.version.split()[1:]])
+"""
+
+
+def make_site(folder: Path) -> str:
+    """Make a folder for PYTHONPATH by which an interpreter is one that has no flame_dask.
+
+    The variables ANOTHER_PYTHON and ANOTHER_DISTRIBUTED say which versions of these it has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
+    return str(folder)
+
+
 # -- what calls do --------------------------------------------------------------------------------
 
 

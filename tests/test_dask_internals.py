@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import time
 
 import pytest
 from dask._task_spec import Task
-from distributed import Client, Scheduler, SpecCluster, Worker
+from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 from distributed.batched import BatchedSend
 from distributed.client import Future, FutureState
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -97,9 +99,60 @@ def test_a_cluster_keeps_its_books_where_we_write() -> None:
     assert "set(self.worker_spec) - set(self.workers)" in source
 
 
+def test_a_scheduler_can_be_told_to_let_a_worker_go() -> None:
+    """D3: so that it closes, and ends what it has started, before its process is ended."""
+
+    async def main() -> None:
+        async with Scheduler(dashboard=False, port=0, host="127.0.0.1") as scheduler:
+            assert scheduler.handlers["unregister"] == scheduler.remove_worker
+            assert parameters(scheduler.remove_worker) >= {"address", "stimulus_id", "close"}
+
+    asyncio.run(main())
+
+
 def test_errors_are_opened() -> None:
     """B1: an exception arrives as it is, as bytes, or not at all."""
     error, trace = internals.open_error(ValueError("x"), None)
     assert isinstance(error, ValueError)
     assert trace is None
     assert isinstance(internals.open_error(None, None)[0], RuntimeError)
+
+
+def test_a_worker_can_get_more_threads_than_it_was_started_with() -> None:
+    """A3: where the cluster's server alone says how many threads its workers have."""
+
+    async def use() -> tuple[int, int, set[str]]:
+        async with (
+            Scheduler(port=0, dashboard_address=":0") as scheduler,
+            Worker(scheduler.address, nthreads=1) as worker,
+            Client(scheduler.address, asynchronous=True) as client,
+        ):
+            internals.set_threads(worker, 2)
+            internals.count_threads(scheduler, worker.address, 2)
+            naps = client.map(time.sleep, [0.5, 0.501])
+            async with asyncio.timeout(10):
+                while len(worker.state.executing) < 2:
+                    await asyncio.sleep(0.01)
+            await client.gather(naps)
+            threads = scheduler.total_nthreads
+            internals.strike_off_worker(scheduler, worker.address, "test")
+            async with asyncio.timeout(10):
+                while scheduler.workers:
+                    await asyncio.sleep(0.01)
+            return threads, scheduler.total_nthreads, set(scheduler.workers)
+
+    assert asyncio.run(use()) == (2, 0, set())
+
+
+def test_a_nanny_is_told_not_to_start_its_worker_anew() -> None:
+    """E3: the runner is about to be killed, for good."""
+    assert "close_gracefully" in inspect.getsource(Nanny.__init__)
+    assert "closing_gracefully" in inspect.getsource(Nanny.close_gracefully)
+    assert "self.status == Status.closing_gracefully" in inspect.getsource(Nanny._on_worker_exit)
+
+
+def test_a_worker_gives_its_place_to_a_plugin_from_text() -> None:
+    """A8: what a plugin puts in its own place while it is set up is what the worker has then."""
+    source = inspect.getsource(Worker.plugin_add)
+    assert source.index("self.plugins[name] = plugin") < source.index("plugin.setup(worker=self)")
+    assert "isawaitable(result)" in source

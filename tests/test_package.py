@@ -70,7 +70,7 @@ def test_a8_the_preload_is_short_and_needs_dask_alone() -> None:
 
 
 async def _ask(versions: dict[str, str | None]) -> tuple[Arrivals, dict[str, object]]:
-    arrivals = Arrivals()
+    arrivals = Arrivals(package.versions(), 1, {}.get)
     return arrivals, await arrivals.answer(None, "r-1", versions)
 
 

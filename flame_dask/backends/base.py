@@ -27,8 +27,11 @@ class Backend(Protocol):
     ``open`` and ``close`` run where the pool is opened and closed, the others on the cluster's
     event loop.
 
-    An attribute ``patience`` is optional: the seconds that ``watch`` may take to tell of an end
-    that the scheduler has seen already. It is 1 if there is none.
+    Three attributes are optional. ``patience``: the seconds that ``watch`` may take to tell of an
+    end that the scheduler has seen already; 1 if there is none. ``adopts``: whether workers choose
+    their own names (see :mod:`flame_dask.scheduler.adoption`). ``closing``: a method that is called
+    when the pool comes to its end, for a backend that can also end runners all at once, in
+    ``close``, so that ``stop`` need not go on trying.
     """
 
     def open(self, *, asynchronous: bool) -> Any:

@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import dask.config
 from distributed import SpecCluster
-from distributed.core import Status
 
 from flame_dask.backends import lease
 from flame_dask.backends.base import Ending
 from flame_dask.backends.ecs_source import make_source
 from flame_dask.backends.ecs_tasks import TaskRunner, Tasks, overrides, oversize
 from flame_dask.backends.remote import RemoteBackend
-from flame_dask.backends.vendor import is_fargate
+from flame_dask.backends.sourced import SourcedCluster
+from flame_dask.backends.vendor import check, is_fargate, where
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
@@ -94,28 +94,23 @@ class ECSBackend(RemoteBackend):
             raise PoolOptionsError("env", options.env, remedy, problem=problem)
 
     def _check(self, options: PoolOptions) -> None:
+        kind = self._given.__name__
+        # Fargate has no other workers.
+        taken = _TAKEN - {"fargate_workers"} if is_fargate(self._given) else _TAKEN
+        check(kind, self._more, _REFUSED, taken)
         for option, value in self._more.items():
-            where = f"backend=({self._given.__name__}, {{{option!r}: ...}})"
-            if option in _REFUSED:
-                raise PoolOptionsError(
-                    where, value, _REFUSED[option], problem="is the pool's to set"
-                )
-            if option not in _TAKEN or (option == "fargate_workers" and is_fargate(self._given)):
-                remedy = f"give some of {', '.join(sorted(_TAKEN))}"
-                problem = f"is no option of {self._given.__name__} that a pool takes"
-                raise PoolOptionsError(where, value, remedy, problem=problem)
-            self._check_one(where, option, value)
+            self._check_one(where(kind, option), option, value)
         if options.scheduler == "remote":
             raise PoolOptionsError("scheduler", options.scheduler, _PARENT)
         configured = dask.config.get("cloudprovider.ecs", {}) or {}
         if not is_fargate(self._given) and not (
             self._more.get("cluster_arn") or configured.get("cluster_arn")
         ):
-            where = f"backend=({self._given.__name__}, {{'cluster_arn': ...}})"
+            place = where(kind, "cluster_arn")
             remedy = "give the ARN of the ECS cluster that has your machines, or use FargateCluster"
-            raise PoolOptionsError(where, None, remedy, missing=True, problem="is missing")
+            raise PoolOptionsError(place, None, remedy, missing=True, problem="is missing")
 
-    def _check_one(self, where: str, option: str, value: Any) -> None:
+    def _check_one(self, place: str, option: str, value: Any) -> None:
         own: list[str] = []
         if option == "worker_extra_args":
             own = [each for each in value or () if str(each).startswith(tuple(_OWN_ARGUMENTS))]
@@ -124,10 +119,10 @@ class ECSBackend(RemoteBackend):
         elif option == "tags":
             own = [each for each in value or () if str(each).startswith("flame-")]
         elif option == "security_groups" and value is not None and not value:
-            raise PoolOptionsError(where, value, "give the ids of some, or leave it out")
+            raise PoolOptionsError(place, value, "give the ids of some, or leave it out")
         if own:
             remedy = f"leave out {', '.join(own)}"
-            raise PoolOptionsError(where, own, remedy, problem="has what is the pool's to set")
+            raise PoolOptionsError(place, own, remedy, problem="has what is the pool's to set")
 
     # -- the cluster ---------------------------------------------------------------------------
 
@@ -211,36 +206,6 @@ class ECSBackend(RemoteBackend):
         """Say how a task ended, and what it said last."""
         ending = await super().ending(member)
         return ending._replace(log_tail=await member.last_words())
-
-
-class SourcedCluster(SpecCluster):
-    """A cluster with its scheduler in the parent that opens and closes the vendor's with it.
-
-    Parameters
-    ----------
-    backend
-        Has the vendor's.
-    options
-        As for ``SpecCluster``.
-    """
-
-    def __init__(self, backend: ECSBackend, **options: Any) -> None:
-        self._backend = backend
-        super().__init__(**options)
-
-    async def _start(self) -> None:
-        fresh = self.status == Status.created
-        await super()._start()
-        if fresh:
-            try:
-                await self._backend.set_up(self)
-            except BaseException:  # whoever opens the pool may give up, too
-                await self._close()
-                raise
-
-    async def _close(self) -> None:
-        await super()._close()
-        await self._backend.tidy()
 
 
 def _request(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from flame_dask.backends.base import Ending
 from flame_dask.backends.job import JobFolder, JobRunner
 from flame_dask.backends.queues import Queue, kind_of
 from flame_dask.backends.remote import RemoteBackend
+from flame_dask.backends.vendor import check, where
 from flame_dask.constants import BOOT_TIMEOUT
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
@@ -140,9 +141,6 @@ class JobQueueBackend(RemoteBackend):
         kind = kind_of(job_class)
         self._queue = None if kind is None else Queue(kind)
 
-    def _where(self, option: str) -> str:
-        return f"backend=({self._name}, {{{option!r}: ...}})"
-
     def _check_names(self, job_class: Any, given: Mapping[str, Any]) -> None:
         """Refuse options that there are not, and those that are the pool's."""
         known = set(_OF_THE_CLUSTER)
@@ -150,24 +148,15 @@ class JobQueueBackend(RemoteBackend):
             if "__init__" in vars(cls) and issubclass(cls, ProcessInterface):
                 parameters = inspect.signature(cls.__init__).parameters.values()
                 known |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-        known -= {"self", "args", *_OF_THE_POOL}
-        for option, value in given.items():
-            where = self._where(option)
-            if option in _OF_THE_POOL:
-                raise PoolOptionsError(
-                    where, value, _OF_THE_POOL[option], problem="is not for the backend to say"
-                )
-            if option not in known:
-                remedy = f"give some of {', '.join(sorted(known))}"
-                problem = f"is no option of {self._name}"
-                raise PoolOptionsError(where, value, remedy, problem=problem)
-            if option in _LISTS and isinstance(value, str):
-                raise PoolOptionsError(where, value, "give a list of texts")
+        check(self._name, given, _OF_THE_POOL, known - {"self", "args", *_OF_THE_POOL})
+        for option in set(_LISTS).intersection(given):
+            if isinstance(given[option], str):
+                place = where(self._name, option)
+                raise PoolOptionsError(place, given[option], "give a list of texts")
         for argument in given.get("worker_extra_args") or ():
             if _ARGUMENTS_OF_THE_POOL.match(str(argument)):
-                where = self._where("worker_extra_args")
-                problem = "is not for the backend to say"
-                raise PoolOptionsError(where, argument, "leave it out", problem=problem)
+                place, problem = where(self._name, "worker_extra_args"), "is the pool's to set"
+                raise PoolOptionsError(place, argument, "leave it out", problem=problem)
 
     def _check_job(self) -> None:
         """Have the vendor's class look at the options, without anything being done."""
@@ -183,9 +172,9 @@ class JobQueueBackend(RemoteBackend):
                 for name in ("cores", "memory")
                 if name in self._job_options
             }
-            where = f"backend=({self._name}, {{...}})"
+            place = f"backend=({self._name}, {{...}})"
             remedy = f"give what it asks for, or put it into Dask's configuration ({error})"
-            raise PoolOptionsError(where, given, remedy, problem="is refused") from error
+            raise PoolOptionsError(place, given, remedy, problem="is refused") from error
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that make a worker of Dask one of this pool's runners.

@@ -9,16 +9,18 @@ from distributed import LocalCluster, Nanny, SpecCluster, SSHCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask.backends.base import Backend
+from flame_dask.backends.generic import GenericBackend
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.ssh import SSHBackend
-from flame_dask.backends.vendor import is_ecs, is_job_queue, split
+from flame_dask.backends.vendor import is_ecs, is_gateway, is_job_queue, split
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
 _REMEDY = (
-    "give LocalCluster, SubprocessCluster, SSHCluster, FargateCluster, ECSCluster or a class of "
-    "dask-jobqueue, one of them with options as (class, {...}), its dotted path, a running "
-    "LocalCluster, or an object with the methods of flame_dask.backends.base.Backend"
+    "give LocalCluster, SubprocessCluster, SSHCluster, a class of dask-jobqueue or "
+    "dask-cloudprovider, GatewayCluster, or another class that inherits from SpecCluster; one of "
+    "them with options as (class, {...}), its dotted path, a running cluster without workers, or "
+    "an object with the methods of flame_dask.backends.base.Backend"
 )
 
 
@@ -48,15 +50,54 @@ def resolve(options: PoolOptions) -> Backend:
         from flame_dask.backends.jobqueue import JobQueueBackend
 
         return JobQueueBackend(options, given, more)
+    if is_gateway(given):
+        from flame_dask.backends.gateway import GatewayBackend
+
+        return GatewayBackend(options, given, more)
     if is_ecs(given):
         from flame_dask.backends.ecs import ECSBackend
 
         return ECSBackend(options, given, more)
-    if isinstance(given, SpecCluster):
+    if isinstance(given, LocalCluster) and (given.new_spec or {}).get("cls") is Nanny:
         return _running(options, given)
+    if isinstance(given, SpecCluster) or _is_spec_class(given):
+        _refuse_vendors(given)
+        return GenericBackend(options, given, more)
     if not isinstance(given, type) and isinstance(given, Backend):
         return given
+    _refuse_unsupported(given)
     raise PoolOptionsError("backend", options.backend, _REMEDY)
+
+
+def _is_spec_class(given: Any) -> bool:
+    # The base class itself has no workers of any kind.
+    return isinstance(given, type) and issubclass(given, SpecCluster) and given is not SpecCluster
+
+
+def _refuse_vendors(given: Any) -> None:
+    kind = type(given)
+    if is_job_queue(kind) or is_ecs(kind):
+        remedy = "give the class with options: its pool has the scheduler in the parent"
+        raise PoolOptionsError("backend", given, remedy, problem="runs already")
+
+
+#: Clusters that are told a number of workers and no more, and what to give instead. Each replaces a
+#: worker that ends, and chooses by itself which one goes when there are to be fewer.
+_UNSUPPORTED = {
+    ("dask_kubernetes", "KubeCluster"): "use Dask Gateway's cluster on Kubernetes, GatewayCluster",
+    ("coiled", "Cluster"): "use a class of dask-cloudprovider for the same cloud, such as "
+    "FargateCluster",
+}
+
+
+def _refuse_unsupported(given: Any) -> None:
+    kind = given if isinstance(given, type) else type(given)
+    for base in kind.__mro__:
+        remedy = _UNSUPPORTED.get((base.__module__.partition(".")[0], base.__name__))
+        if remedy is not None:
+            name = f"{base.__module__.partition('.')[0]}.{base.__name__}"
+            problem = f"is a {name}, which is not supported: it does not start single workers"
+            raise PoolOptionsError("backend", given, remedy, problem=problem)
 
 
 def _imported(path: str) -> Any:
@@ -69,10 +110,9 @@ def _imported(path: str) -> Any:
         ) from error
 
 
-def _running(options: PoolOptions, cluster: SpecCluster) -> Backend:
-    worker = cluster.new_spec or {}
-    known = isinstance(cluster, LocalCluster) and worker.get("cls") is Nanny
-    if not known or cluster.security.require_encryption:
+def _running(options: PoolOptions, cluster: LocalCluster) -> Backend:
+    worker = cluster.new_spec
+    if cluster.security.require_encryption:
         raise PoolOptionsError("backend", cluster, _REMEDY, problem="is not supported")
     if cluster.worker_spec:
         raise PoolOptionsError(

@@ -27,6 +27,7 @@ from flame_dask.backends.base import Ending
 from flame_dask.backends.process import describe_exit, pass_on
 from flame_dask.backends.remote import RemoteBackend
 from flame_dask.backends.secure import is_loopback
+from flame_dask.backends.vendor import check, where
 from flame_dask.constants import OOM_EXIT
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
@@ -55,27 +56,22 @@ class SSHBackend(RemoteBackend):
     """
 
     def __init__(self, options: PoolOptions, given: Mapping[str, Any]) -> None:
-        for option, value in given.items():
-            if option not in _TAKEN:
-                remedy = f"give some of {', '.join(sorted(_TAKEN))}"
-                problem = "is no option of SSHCluster that a pool takes"
-                where = f"backend=(SSHCluster, {{{option!r}: ...}})"
-                raise PoolOptionsError(where, value, remedy, problem=problem)
+        check("SSHCluster", given, {}, _TAKEN)
         if importlib.util.find_spec("asyncssh") is None:
             remedy = "install what it needs: python -m pip install 'flame-dask[ssh]'"
             raise PoolOptionsError("backend", "SSHCluster", remedy, problem="needs asyncssh")
         self._hosts = list(given.get("hosts") or ())
         if not self._hosts:
-            where = "backend=(SSHCluster, {'hosts': ...})"
-            raise PoolOptionsError(where, given.get("hosts"), "give a list of host names")
+            place = where("SSHCluster", "hosts")
+            raise PoolOptionsError(place, given.get("hosts"), "give a list of host names")
         connect = given.get("connect_options") or {}
         self._connect = (
             list(connect) if isinstance(connect, list | tuple) else [connect] * len(self._hosts)
         )
         if len(self._connect) != len(self._hosts):
-            where = "backend=(SSHCluster, {'connect_options': ...})"
+            place = where("SSHCluster", "connect_options")
             remedy = f"give one mapping, or {len(self._hosts)} of them, one a host"
-            raise PoolOptionsError(where, f"{len(self._connect)} mappings", remedy)
+            raise PoolOptionsError(place, f"{len(self._connect)} mappings", remedy)
         python = given.get("remote_python") or sys.executable
         self._python = (
             list(python) if isinstance(python, list | tuple) else [python] * len(self._hosts)

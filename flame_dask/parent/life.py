@@ -8,11 +8,13 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, Self
 
 import dask.config
 from dask.utils import parse_bytes, parse_timedelta
 from distributed import Scheduler
+from distributed.deploy.cluster import Cluster
 from distributed.utils import SyncMethodMixin
 
 from flame_dask import dask_internals as internals
@@ -29,6 +31,7 @@ from flame_dask.parent.adaptive import PoolAdaptive, log_tail
 from flame_dask.parent.desk import CallDesk
 from flame_dask.parent.hooks import HookThread, ScaleEvent
 from flame_dask.parent.port import CommPort, LocalPort, Port
+from flame_dask.parent.remote import install_remote, newcomer
 from flame_dask.runner import here
 from flame_dask.runner.plugin import FlameRunner
 from flame_dask.scheduler.inquest import PATIENCE
@@ -151,6 +154,7 @@ class PoolLife(SyncMethodMixin):
             settings.inline_limit,
             own_thread=options.isolation == "process",
             owns_scheduler=self._backend_owns_scheduler(),
+            adopts=self._adopts,
             patience=getattr(self._backend, "patience", PATIENCE),
         )
         runner = FlameRunner(
@@ -163,17 +167,21 @@ class PoolLife(SyncMethodMixin):
         )
         self._host, self._runner = host, runner
         loop = asyncio.get_running_loop()
-        scheduler = self.cluster.scheduler
+        scheduler = self._scheduler
         self._port: Port
+        plugin = newcomer(runner, options) if self._comes_bare else runner
         if isinstance(scheduler, Scheduler):
-            await internals.install_local(scheduler, host, runner)
+            await internals.install_local(scheduler, host, plugin, runner.name)
             self._port = LocalPort(loop, host, self.client)
         else:
-            await internals.install_remote(self.client, host, runner)
+            await install_remote(self.client, host, plugin, runner.name)
             self._port = CommPort(loop, self.client)
         self._desk = CallDesk(self.name, self.client, self._port)
-        self._adaptive: PoolAdaptive = self.cluster.adapt(
-            Adaptive=PoolAdaptive,
+        # A cluster of another kind than SpecCluster has no place for it.
+        adapt: Callable[..., Any] = partial(PoolAdaptive, self.cluster)
+        if isinstance(self.cluster, Cluster):
+            adapt = partial(self.cluster.adapt, Adaptive=PoolAdaptive)
+        self._adaptive: PoolAdaptive = adapt(
             minimum=options.min,
             maximum=options.max,
             backend=self._backend,
@@ -202,8 +210,24 @@ class PoolLife(SyncMethodMixin):
 
     def _backend_owns_scheduler(self) -> bool:
         """Say whether the scheduler has to end with the pool, and can't by itself (G3)."""
-        own = isinstance(self._backend, SpecBackend) and not self._backend.given
-        return own and not isinstance(self.cluster.scheduler, Scheduler)
+        own = isinstance(self._backend, SpecBackend) or self._adopts
+        given = getattr(self._backend, "given", True)
+        return own and not given and not isinstance(self._scheduler, Scheduler)
+
+    @property
+    def _adopts(self) -> bool:
+        """Whether the cluster starts workers by their number alone."""
+        return bool(getattr(self._backend, "adopts", False))
+
+    @property
+    def _comes_bare(self) -> bool:
+        """Whether workers are started without the pool's part in it."""
+        return self._adopts or bool(getattr(self._backend, "bare", False))
+
+    @property
+    def _scheduler(self) -> Any:
+        """The cluster's scheduler, or what stands for it; ``None`` if it is out of reach."""
+        return getattr(self.cluster, "scheduler", None)
 
     def _receive(self, what: str, **message: Any) -> None:
         """Take news of the pool's host. Never raises: the host is not to blame."""
@@ -300,26 +324,34 @@ class PoolLife(SyncMethodMixin):
         if not self._started:
             return
         self._open_done(PoolClosed(self.name))
-        self._adaptive.hurry()
+        self._announce_end()
         self._port.post({"what": "close"})
         await self._closed.wait()
         await self._adaptive.idle()
         self._desk.close()
-        scheduler = self.cluster.scheduler
+        scheduler = self._scheduler
         if isinstance(scheduler, Scheduler):
             # It may be somebody else's, and go on.
             await internals.uninstall_local(scheduler, self._host, self._runner)
+        elif self._comes_bare and not self._host.owns_scheduler and self.client.status == "running":
+            await internals.uninstall_remote(self.client, self._host, self._runner)
         internals.forget_adaptive(self.cluster, self._adaptive)
 
     def _over(self) -> None:
         self._state = "closed"
         registry.unregister(self)
 
+    def _announce_end(self) -> None:
+        """Say that nothing more is tried for long; to the backend, too, if it wants to know."""
+        self._adaptive.hurry()
+        getattr(self._backend, "closing", lambda: None)()
+
     def _lost(self) -> None:
         """Take note that the way to the host is cut: its scheduler is gone, say (F3)."""
         if not self._closed.is_set():
             self._open_done(BootError("cluster", "the connection to the scheduler is lost"))
             self._desk.lose()
+            self._announce_end()
             # Nobody is left who could order it.
             self._adaptive.halt_all()
             self._closed.set()

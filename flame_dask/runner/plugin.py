@@ -62,6 +62,10 @@ class FlameRunner(WorkerPlugin):
         Ends calls.
     processes
         What calls run in, if they have processes of their own.
+    id
+        The runner's id; ``None`` if that is the worker's name.
+    threads
+        How many calls it is to take at the same time; ``None`` if the worker is made for that.
     """
 
     name = "flame"
@@ -85,6 +89,8 @@ class FlameRunner(WorkerPlugin):
         self.idle_check: Payload | None = None if idle_check is None else pack_value(idle_check)
         self.idle_limit = idle_limit
         self.parent = parent
+        self.id: str | None = None
+        self.threads: int | None = None
 
     def setup(self, worker: Worker) -> None:
         """Take up work. The worker's status change has gone out before this."""
@@ -109,7 +115,10 @@ class FlameRunner(WorkerPlugin):
             count_unlinked=None if watch is None else watch.guard.count_unlinked,
         )
         self.processes: CallProcesses | None = None
-        here.arrive(self.parent, str(worker.name))
+        name = self.id or str(worker.name)
+        if self.threads is not None:
+            internals.set_threads(worker, self.threads)
+        here.arrive(self.parent, name)
         internals.hasten(worker.batched_stream)
         internals.listen_to_scheduler(worker, self.receive)
         if self.isolation == "process":
@@ -117,7 +126,7 @@ class FlameRunner(WorkerPlugin):
                 guard = self._own_guard = Guard()
             else:
                 guard = watch.guard
-            self.processes = CallProcesses(self.parent, str(worker.name), guard, self.grace)
+            self.processes = CallProcesses(self.parent, name, guard, self.grace)
         elif self._own_process:
             offspring.install()
         self._memory: MemoryWatch | None = None
@@ -218,13 +227,21 @@ class FlameRunner(WorkerPlugin):
             self._start(self._go("SIGTERM"))
 
     def _on_go(self, force: bool) -> None:
-        """Go, since the parent is gone and can't see to it (G3)."""
+        """Go, since the parent is gone (G3), or can't see to it from where it is."""
         if not self._own_process:
-            self._start(self._worker.close(reason="its parent is gone"))
+            self._start(self._worker.close(reason="the pool has ended it"))
         elif force:
-            offspring.end_process()
+            self._start(self._end_at_once())
         else:
-            self._start(self._go("its parent is gone"))
+            self._start(self._go("the pool has ended it"))
+
+    async def _end_at_once(self) -> None:
+        try:
+            # Or else it would start another one.
+            await asyncio.wait_for(internals.dismiss_nanny(self._worker), GRACE_MARGIN)
+        except (OSError, TimeoutError):
+            logger.warning("pool %s: this runner's nanny does not answer", self.pool)
+        offspring.end_process()
 
     def parent_is_gone(self) -> None:
         """End what is linked, let the rest go on in its time, and go (G1, G2); in any thread."""

@@ -18,12 +18,13 @@ import logging
 import time
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from flame_dask import dask_internals as internals
+from flame_dask import package
 from flame_dask.constants import LAST_RESORT
 from flame_dask.core import events as ev
 from flame_dask.core import instructions as do
@@ -34,6 +35,8 @@ from flame_dask.core.pool import PoolState
 from flame_dask.errors import CallTimeout, FlameError, PoolClosed
 from flame_dask.payload import Payload
 from flame_dask.runner.execution import Terms, run_call, run_call_async
+from flame_dask.scheduler import gateway
+from flame_dask.scheduler.adoption import Adoption
 from flame_dask.scheduler.arrivals import Arrivals
 from flame_dask.scheduler.calls import (
     HostCall,
@@ -77,8 +80,12 @@ class FlameScheduler(SchedulerPlugin):
     owns_scheduler
         Whether the scheduler is there for this pool alone, in a process of its own, and has to end
         when the parent is gone (G3).
+    adopts
+        Whether the cluster starts workers by their number alone, and chooses their names.
     patience
         Seconds for the backend to say what a runner died of.
+    versions
+        What the parent has; runners have to fit.
     """
 
     name = "flame"
@@ -92,15 +99,19 @@ class FlameScheduler(SchedulerPlugin):
         inline_limit: int,
         own_thread: bool = False,
         owns_scheduler: bool = False,
+        adopts: bool = False,
         patience: float = PATIENCE,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
+        self.adopts = adopts
+        self.patience = patience
+        self.versions = package.versions() if versions is None else versions
         self.pool = pool
         self.options = options
         self.backoff = backoff
         self.inline_limit = inline_limit
         self.own_thread = own_thread
         self.owns_scheduler = owns_scheduler
-        self.patience = patience
 
     async def start(self, scheduler: Scheduler) -> None:
         """Take up work on a scheduler; called by it, or by a parent in the same process."""
@@ -144,7 +155,9 @@ class FlameScheduler(SchedulerPlugin):
         }
         internals.listen_to_streams(scheduler, self.receive)
         scheduler.handlers["flame"] = self.answer
-        self._arrivals = Arrivals()
+        parts = scheduler, self._loop, self.core, self.address_of, self._send_parent
+        self._adoption = Adoption(*parts) if self.adopts else None
+        self._arrivals = Arrivals(self.versions, self.options.max_concurrency, self.runner_at.get)
         scheduler.handlers[internals.ARRIVE] = self._arrivals.answer
 
     async def before_close(self) -> None:
@@ -328,13 +341,20 @@ class FlameScheduler(SchedulerPlugin):
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Remember the address of a runner of ours. It is ready when its plugin says so."""
-        name = str(scheduler.workers[worker].name)
+        adoption = self._adoption
+        name = adoption.awaited() if adoption else str(scheduler.workers[worker].name)
         known = self.core.runners.get(name)
         if known is None or known.state != "booting":
             return  # not ours, or given up while it was on its way: its end is under way
         self.address_of[name] = worker
         self.runner_at[worker] = name
+        if adoption:
+            internals.count_threads(scheduler, worker, self.options.max_concurrency)
         internals.hasten_worker(scheduler, worker)
+
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:
+        """Let a cluster that wants fewer workers take none of those that it does not choose."""
+        return workers if self._adoption is None else self._adoption.may_go(workers)
 
     def remove_worker(
         self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any
@@ -358,9 +378,12 @@ class FlameScheduler(SchedulerPlugin):
             call.task, call.delivering = None, False
         internals.forget_tasks(scheduler, left, self.owner, stimulus_id)
         # The core answers for those whose callers still wait, or starts them anew (retries).
-        self._tell(ev.RunnerLost(runner, UNKNOWN))
+        refused = self._arrivals.refused.pop(runner, None)
+        self._tell(ev.RunnerLost(runner, refused or UNKNOWN))
         for key in [key for key in self.calls if key not in self.core.calls]:
             del self.calls[key]
+        if self._adoption:
+            self._adoption.gone(runner)
         if self._orphaned:
             self._tell(ev.RunnerStopped(runner))
 
@@ -373,11 +396,14 @@ class FlameScheduler(SchedulerPlugin):
             call.answered = True
         if client == self.parent and not self._closed:
             self._be_orphaned()
+        elif client == self.parent and self.owns_scheduler and self.adopts:
+            # The gateway may not have heard that its cluster is to end.
+            gateway.close_scheduler(self.scheduler)
 
     def parent_is_gone(self) -> None:
         """Take note of it though no client may have left: one that had not opened the pool yet."""
         if self._closed:
-            self._close_scheduler()
+            gateway.close_scheduler(self.scheduler)
         elif not self._orphaned:
             self._be_orphaned()
 
@@ -386,13 +412,14 @@ class FlameScheduler(SchedulerPlugin):
         logger.info("pool %s: its parent is gone", self.pool)
         self.parent = None
         self._orphaned = True
+        gateway.want_no_workers(self.scheduler)
         self._tell(ev.Close())
         for runner in [r.id for r in self.core.runners.values() if r.state == "stopping"]:
             self._send_away(runner, force=True)
         limit = self.options.shutdown_timeout
         if self.owns_scheduler and limit is not None:
             # Whatever becomes of the runners: they see to their own end, too.
-            self._loop.call_later(limit + LAST_RESORT, self._close_scheduler)
+            self._loop.call_later(limit + LAST_RESORT, gateway.close_scheduler, self.scheduler)
 
     def _send_away(self, runner: str, force: bool) -> None:
         """Have a runner end itself. One that has no address yet does so when its parent goes."""
@@ -400,9 +427,6 @@ class FlameScheduler(SchedulerPlugin):
         message = {"what": "go", "force": force}
         if address is None or not internals.send_to_worker(self.scheduler, address, message):
             self._tell(ev.RunnerStopped(runner))
-
-    def _close_scheduler(self) -> None:
-        internals.close_scheduler(self.scheduler)
 
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
@@ -529,7 +553,9 @@ class FlameScheduler(SchedulerPlugin):
                     self._send_away(runner, force)
                 else:
                     message = {"what": "stop", "runner": runner, "reason": reason, "force": force}
-                    self._send_parent(message)
+                    limit, adoption = self.options.shutdown_timeout, self._adoption
+                    if not (adoption and adoption.part_with(runner, force, limit, message)):
+                        self._send_parent(message)
             case do.Expired():
                 self._expired(instruction)
             case do.Refused(call):
@@ -552,7 +578,7 @@ class FlameScheduler(SchedulerPlugin):
                 self._closed = True
                 self._send_parent({"what": "closed"})
                 if self._orphaned and self.owns_scheduler:
-                    self._close_scheduler()
+                    gateway.close_scheduler(self.scheduler)
             case do.Terminate(call, runner, reason):
                 self._terminate(self.calls[call], reason)
 

@@ -1,12 +1,15 @@
-"""Interpreters for runners."""
+"""Interpreters for runners, and parents that are killed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from doomed import Doomed
 
 
 @pytest.fixture
@@ -36,3 +39,17 @@ def python_without_flame(make_python: Callable[[str], str]) -> str:
     """Make an interpreter that has Dask and not flame_dask."""
     root = str(Path(__file__).parents[2])
     return make_python(f"sys.path[:] = [path for path in sys.path if path != {root!r}]")
+
+
+@pytest.fixture
+def make_doomed(tmp_path: Path) -> Iterator[Callable[..., Doomed]]:
+    """Start a parent in a program of its own."""
+    made: list[Doomed] = []
+
+    def make(kind: type, given: Any, options: dict[str, Any], before: str = "") -> Doomed:
+        made.append(Doomed(tmp_path, kind, given, options, before))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.kill()

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flame_dask import FlamePool, RunnerLost
-from flame_dask.backends import lease, reap
+from flame_dask.backends import lease
 from flame_dask.backends.ecs_tasks import TaskRunner
-from support import alive, doze, pids, states, wait_for_file
+from support import alive, doze, states, wait_for_file
 
 pytest.importorskip("dask_cloudprovider.aws", reason="dask-cloudprovider[aws] is missing")
 pytest.importorskip("moto.server", reason="moto or flask-cors is missing")
 
 from dask_cloudprovider.aws import FargateCluster
 
+from doomed import Doomed, check_reap
 from ecs_agent import ECS
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
+MakeDoomed = Callable[..., Doomed]
 
 pytestmark = [
     pytest.mark.backend,
@@ -118,82 +118,45 @@ def test_c1_an_answer_that_is_lost_leaves_no_task(make_ecs_pool: MakePool, ecs: 
     assert ecs.most == 1
 
 
-DOOMED = """
-import os, sys, time
-from dask_cloudprovider.aws import FargateCluster
-from flame_dask import FlamePool
-
-def work(log):
-    with open(log, "a") as file:
-        file.write(f"{{os.getpid()}}\\n")
-    while True:
-        time.sleep(0.01)
-
-if __name__ == "__main__":
-    pool = FlamePool(
-        "doomed", max=2, max_concurrency=1, host="127.0.0.1", shutdown_timeout=2,
-        backend=(FargateCluster, {options!r}), **{more!r},
-    )
-    futures = [pool.submit(work, sys.argv[1]) for _ in range(2)]
-    time.sleep(60)
-"""
-
-
-Doom = Callable[..., tuple[subprocess.Popen[bytes], Path]]
-
-
 @pytest.fixture
-def doom(fargate_options: dict[str, Any], tmp_path: Path) -> Iterator[Doom]:
+def doom(make_doomed: MakeDoomed, fargate_options: dict[str, Any]) -> Callable[..., Doomed]:
     """Start a parent in a program of its own, with work for two runners."""
-    processes = []
 
-    def start(**more: Any) -> tuple[subprocess.Popen[bytes], Path]:
-        file, log = tmp_path / "program.py", tmp_path / "log"
-        file.write_text(DOOMED.format(options=fargate_options, more=more))
-        process = subprocess.Popen(
-            [sys.executable, str(file), str(log)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-        processes.append(process)
-        return process, log
+    def start(**options: Any) -> Doomed:
+        options = {"host": "127.0.0.1", "shutdown_timeout": 2, **options}
+        return make_doomed(FargateCluster, fargate_options, options)
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+    return start
 
 
-def test_g3_the_parent_is_killed(doom: Doom, ecs: ECS, until: Until) -> None:
-    process, log = doom()
-    until(lambda: len(pids(log)) == 2, 40)
+def test_g3_the_parent_is_killed(doom: Callable[..., Doomed], ecs: ECS, until: Until) -> None:
+    doomed = doom()
+    until(doomed.at_work, 40)
     assert len(ecs.unstopped()) == 2
-    process.kill()
-    process.wait()
-    until(lambda: not alive(*pids(log)), 2 + 30)
+    doomed.kill()
+    until(lambda: not alive(*doomed.runners()), 2 + 30)
     until(lambda: ecs.unstopped() == [], 5)
 
 
 def test_g3_the_parent_is_killed_and_its_runners_have_never_reached_it(
-    doom: Doom, ecs: ECS, until: Until
+    doom: Callable[..., Doomed], ecs: ECS, until: Until
 ) -> None:
-    process, _ = doom(boot_timeout=4, contact_address="127.0.9.9:9")
+    doomed = doom(boot_timeout=4, contact_address="127.0.9.9:9")
     until(lambda: [task.last_status for task in ecs.unstopped()] == ["RUNNING"] * 2, 40)
-    process.kill()
-    process.wait()
+    doomed.kill()
     assert len(ecs.unstopped()) == 2
     until(lambda: ecs.unstopped() == [], 4 + 10)
     assert all(task.stop_code == "EssentialContainerExited" for task in ecs.tasks()[-2:])
 
 
 def test_g3_reap_finds_what_hangs(
-    doom: Doom,
+    doom: Callable[..., Doomed],
     ecs: ECS,
     fargate_options: dict[str, Any],
     until: Until,
 ) -> None:
-    process, log = doom()
-    until(lambda: len(pids(log)) == 2, 40)
-    given = (FargateCluster, {"cluster_arn": fargate_options["cluster_arn"]})
+    doomed = doom()
+    until(doomed.at_work, 40)
     client = ecs.client("ecs")
     [others] = client.run_task(
         cluster=fargate_options["cluster_arn"],
@@ -208,24 +171,10 @@ def test_g3_reap_finds_what_hangs(
         },
         tags=[{"key": "mine", "value": "yes"}],
     )["tasks"]
-    assert reap(given) == []  # its parent lives
-    hung = pids(log)[0]
-    os.kill(hung, signal.SIGSTOP)
-    process.kill()
-    process.wait()
-    until(lambda: len(ecs.unstopped()) == 2, 35)  # the other one has ended
-    [left] = reap(given)
-    assert (left.pool, left.stopped) == ("doomed", False)
-    assert f"process {process.pid} here, is gone" in left.reason
-    assert alive(hung)
-    assert reap(given, pool="another") == []
-    [left] = reap(given, apply=True)
-    assert left.stopped
-    until(lambda: not alive(hung), 10)
-    until(lambda: len(ecs.unstopped()) == 1, 5)
+    given = (FargateCluster, {"cluster_arn": fargate_options["cluster_arn"]})
+    check_reap(doomed, given, ecs.unstopped, until)
     [rest] = ecs.unstopped()
     assert rest.task_arn == others["taskArn"]
-    assert reap(given, apply=True) == []
     client.stop_task(cluster=fargate_options["cluster_arn"], task=others["taskArn"])
     until(lambda: ecs.unstopped() == [], 5)
 

@@ -92,8 +92,24 @@ def test_a3_a_cluster_of_another_kind_is_refused(kind: str) -> None:
         cluster = SpecCluster(scheduler=scheduler, worker=worker)
     else:
         cluster = LocalCluster(n_workers=0, processes=False, **quiet)
-    with cluster, pytest.raises(PoolOptionsError, match="is not supported"):
+    with cluster, pytest.raises(PoolOptionsError, match="in the parent's own process"):
         FlamePool("refused", max=1, backend=cluster)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "remedy"),
+    [
+        ("dask_kubernetes.operator.kubecluster.kubecluster", "KubeCluster", "GatewayCluster"),
+        ("coiled.cluster", "Cluster", "FargateCluster"),
+    ],
+)
+def test_a3_clusters_that_take_but_a_number_are_refused(
+    module: str, name: str, remedy: str
+) -> None:
+    """They need not be installed for that."""
+    kind = type(name, (distributed.deploy.Cluster,), {"__module__": module})
+    with pytest.raises(PoolOptionsError, match=f"{name}, which is not supported.*{remedy}"):
+        FlamePool("refused", max=1, backend=kind)
 
 
 def test_a3_both_asynchronous_or_none(quiet_cluster: Any) -> None:
