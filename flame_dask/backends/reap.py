@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flame_dask.backends import lease, secure
-from flame_dask.backends.vendor import is_ecs, split
+from flame_dask.backends.vendor import is_ec2, is_ecs, split
 from flame_dask.errors import PoolOptionsError
 
 #: How many tasks ECS describes at once.
@@ -25,7 +25,7 @@ class Leftover:
     Attributes
     ----------
     id
-        What the service calls it: the ARN of a task.
+        What the service calls it: the ARN of a task, or the id of an instance.
     pool
         The name of the pool that it was started for.
     parent
@@ -58,10 +58,10 @@ def reap(backend: Any, *, pool: str | None = None, apply: bool = False) -> list[
     Parameters
     ----------
     backend
-        As for :class:`~flame_dask.FlamePool`: ``FargateCluster``, ``ECSCluster``, or one of them
-        with options as ``(class, {...})``. Of the options ``cluster_arn``, ``region_name``,
-        ``aws_access_key_id`` and ``aws_secret_access_key`` count. Without ``cluster_arn`` all ECS
-        clusters of the region are searched.
+        As for :class:`~flame_dask.FlamePool`: ``FargateCluster``, ``ECSCluster``, ``EC2Cluster``,
+        or one of them with options as ``(class, {...})``. Of the options ``cluster_arn``,
+        ``region_name``, ``aws_access_key_id`` and ``aws_secret_access_key`` count, and ``region``
+        for ``EC2Cluster``. Without ``cluster_arn`` all ECS clusters of the region are searched.
     pool
         The name of one pool; all, if it is left out.
     apply
@@ -84,36 +84,68 @@ def reap(backend: Any, *, pool: str | None = None, apply: bool = False) -> list[
     [Leftover(id='arn:aws:ecs:...:task/...', pool='thumbnails', ..., stopped=True)]
     """
     given, options = split(backend)
-    if not is_ecs(given):
-        remedy = "give FargateCluster or ECSCluster of dask-cloudprovider"
-        raise PoolOptionsError("backend", backend, remedy, problem="leaves nothing behind")
-    ecs = _client(options)
+    if is_ecs(given):
+        return _reap_tasks(_client("ecs", options), options, pool, apply)
+    if is_ec2(given):
+        return _reap_instances(_client("ec2", options), pool, apply)
+    remedy = "give FargateCluster, ECSCluster or EC2Cluster of dask-cloudprovider"
+    raise PoolOptionsError("backend", backend, remedy, problem="leaves nothing behind")
+
+
+def _reap_tasks(
+    ecs: Any, options: Mapping[str, Any], pool: str | None, apply: bool
+) -> list[Leftover]:
     found = []
     for cluster in _clusters(ecs, options):
         for task in _tasks(ecs, cluster):
             its = {pair["key"]: pair.get("value", "") for pair in task.get("tags", ())}
-            reason = lease.left_behind(its)
-            if reason is None or (pool is not None and its[lease.POOL] != lease.tag(pool)):
-                continue
-            left = Leftover(
-                task["taskArn"], its[lease.POOL], its[lease.PARENT], its[lease.EXPIRES], reason
-            )
-            if apply:
-                ecs.stop_task(cluster=cluster, task=left.id, reason=f"flame_dask: {reason}"[:255])
-                left = replace(left, stopped=True)
-            found.append(left)
+            left = _left(task["taskArn"], its, pool)
+            if left is not None:
+                if apply:
+                    reason = f"flame_dask: {left.reason}"[:255]
+                    ecs.stop_task(cluster=cluster, task=left.id, reason=reason)
+                    left = replace(left, stopped=True)
+                found.append(left)
     return found
 
 
-def _client(options: Mapping[str, Any]) -> Any:
+def _reap_instances(ec2: Any, pool: str | None, apply: bool) -> list[Leftover]:
+    filters = [
+        {"Name": "tag-key", "Values": [lease.POOL]},
+        {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]},
+    ]
+    found = []
+    for page in ec2.get_paginator("describe_instances").paginate(Filters=filters):
+        for instance in (each for group in page["Reservations"] for each in group["Instances"]):
+            its = {pair["Key"]: pair.get("Value", "") for pair in instance.get("Tags", ())}
+            left = _left(instance["InstanceId"], its, pool)
+            if left is not None:
+                if apply:
+                    ec2.terminate_instances(InstanceIds=[left.id])
+                    left = replace(left, stopped=True)
+                found.append(left)
+    return found
+
+
+def _left(ident: str, tags: dict[str, str], pool: str | None) -> Leftover | None:
+    """Return what has these tags as something left behind; ``None`` if it is not."""
+    reason = lease.left_behind(tags)
+    if reason is None or (pool is not None and tags[lease.POOL] != lease.tag(pool)):
+        return None
+    return Leftover(ident, tags[lease.POOL], tags[lease.PARENT], tags[lease.EXPIRES], reason)
+
+
+def _client(service: str, options: Mapping[str, Any]) -> Any:
     import botocore.session
     import dask.config
 
     secure.keep_out_of_vendors_logs()
     names = ("aws_access_key_id", "aws_secret_access_key", "region_name")
-    configured = dask.config.get("cloudprovider.ecs", {}) or {}
+    configured = dask.config.get(f"cloudprovider.{service}", {}) or {}
     given = {name: options.get(name) or configured.get(name) for name in names}
-    return botocore.session.get_session().create_client("ecs", **given)
+    region = options.get("region") or configured.get("region")  # as EC2Cluster calls it
+    given["region_name"] = given["region_name"] or region
+    return botocore.session.get_session().create_client(service, **given)
 
 
 def _clusters(ecs: Any, options: Mapping[str, Any]) -> list[str]:

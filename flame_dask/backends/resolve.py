@@ -12,7 +12,7 @@ from flame_dask.backends.base import Backend
 from flame_dask.backends.generic import GenericBackend
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.ssh import SSHBackend
-from flame_dask.backends.vendor import is_ecs, is_gateway, is_job_queue, split
+from flame_dask.backends.vendor import is_ecs, is_gateway, is_job_queue, is_vm, split
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
@@ -58,6 +58,10 @@ def resolve(options: PoolOptions) -> Backend:
         from flame_dask.backends.ecs import ECSBackend
 
         return ECSBackend(options, given, more)
+    if is_vm(given):
+        from flame_dask.backends.vm import VMBackend
+
+        return VMBackend(options, given, more)
     if isinstance(given, LocalCluster) and (given.new_spec or {}).get("cls") is Nanny:
         return _running(options, given)
     if isinstance(given, SpecCluster) or _is_spec_class(given):
@@ -76,7 +80,7 @@ def _is_spec_class(given: Any) -> bool:
 
 def _refuse_vendors(given: Any) -> None:
     kind = type(given)
-    if is_job_queue(kind) or is_ecs(kind):
+    if is_job_queue(kind) or is_ecs(kind) or is_vm(kind):
         remedy = "give the class with options: its pool has the scheduler in the parent"
         raise PoolOptionsError("backend", given, remedy, problem="runs already")
 
@@ -86,7 +90,7 @@ def _refuse_vendors(given: Any) -> None:
 _UNSUPPORTED = {
     ("dask_kubernetes", "KubeCluster"): "use Dask Gateway's cluster on Kubernetes, GatewayCluster",
     ("coiled", "Cluster"): "use a class of dask-cloudprovider for the same cloud, such as "
-    "FargateCluster",
+    "FargateCluster or EC2Cluster",
 }
 
 

@@ -87,6 +87,16 @@ def is_gateway(given: Any) -> bool:
     return _descends(kind, "dask_gateway.client", "GatewayCluster")
 
 
+def is_vm(given: Any) -> bool:
+    """Tell whether this is one of dask-cloudprovider's classes for virtual machines, or alike."""
+    return _descends(given, "dask_cloudprovider.generic.vmcluster", "VMCluster")
+
+
+def is_ec2(given: Any) -> bool:
+    """Tell whether this is dask-cloudprovider's ``EC2Cluster``, or alike."""
+    return _descends(given, "dask_cloudprovider.aws.ec2", "EC2Cluster")
+
+
 def _descends(given: Any, module: str, name: str) -> bool:
     mro = given.__mro__ if isinstance(given, type) else ()
     return any((cls.__module__, cls.__name__) == (module, name) for cls in mro)

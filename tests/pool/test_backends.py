@@ -100,7 +100,7 @@ def test_a3_a_cluster_of_another_kind_is_refused(kind: str) -> None:
     ("module", "name", "remedy"),
     [
         ("dask_kubernetes.operator.kubecluster.kubecluster", "KubeCluster", "GatewayCluster"),
-        ("coiled.cluster", "Cluster", "FargateCluster"),
+        ("coiled.cluster", "Cluster", "EC2Cluster"),
     ],
 )
 def test_a3_clusters_that_take_but_a_number_are_refused(
