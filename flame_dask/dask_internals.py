@@ -184,6 +184,24 @@ def close_scheduler(scheduler: Scheduler) -> None:
     scheduler.loop.add_callback(scheduler.close)
 
 
+def keep_awake(scheduler: Scheduler, busy: Callable[[], bool]) -> None:
+    """Have a scheduler count as not idle as long as ``busy`` says so, though it has no tasks.
+
+    It would end itself, or be ended by who asks it, such as the Dask operator on Kubernetes: that
+    one takes 0 for "not idle", while ``None`` has it set a limit of its own on the scheduler.
+    """
+
+    def check_idle() -> float | None:
+        if busy():
+            scheduler.idle_since = None
+            return 0.0
+        return type(scheduler).check_idle(scheduler)
+
+    scheduler.check_idle = check_idle  # type: ignore[method-assign]
+    scheduler.handlers["check_idle"] = check_idle
+    scheduler.periodic_callbacks["idle-timeout"].callback = check_idle  # type: ignore[assignment]
+
+
 def open_error(exception: object, traceback: object) -> tuple[BaseException, TracebackType | None]:
     """Return the exception and traceback of a task error, wherever it has come from."""
     opened = [_opened(part) for part in (exception, traceback)]
@@ -227,8 +245,19 @@ async def install_remote(client: Client, host: Any, runner: Any, name: str) -> N
 async def uninstall_remote(client: Client, host: Any, runner: Any) -> None:
     """Take the pool's plugins off a scheduler elsewhere that goes on without the pool."""
     await client._unregister_worker_plugin(runner.name)
-    scheduler: Any = client.scheduler
-    await scheduler.unregister_scheduler_plugin(name=host.name)
+    await run_on_scheduler(client, _take_host_off, host.name)
+
+
+async def _take_host_off(name: str, dask_scheduler: Any) -> None:
+    await _take_off(dask_scheduler, dask_scheduler.plugins[name])
+
+
+async def _take_off(scheduler: Scheduler, host: Any) -> None:
+    await host.before_close()
+    scheduler.remove_plugin(host.name)
+    scheduler.stream_handlers.pop(OP, None)
+    scheduler.handlers.pop(OP, None)
+    scheduler.handlers.pop(ARRIVE, None)
 
 
 async def run_on_scheduler(client: Client, function: Any, *args: Any) -> Any:
@@ -239,11 +268,7 @@ async def run_on_scheduler(client: Client, function: Any, *args: Any) -> Any:
 async def uninstall_local(scheduler: Scheduler, host: Any, runner: Any) -> None:
     """Take the pool's plugins off a scheduler that goes on without the pool."""
     if host in scheduler.plugins.values():
-        await host.before_close()
-        scheduler.remove_plugin(host.name)
-        scheduler.stream_handlers.pop(OP, None)
-        scheduler.handlers.pop(OP, None)
-        scheduler.handlers.pop(ARRIVE, None)
+        await _take_off(scheduler, host)
         await scheduler.unregister_worker_plugin(comm=None, name=runner.name)
 
 
@@ -504,6 +529,16 @@ def start_cluster(factory: Callable[..., Any], **options: Any) -> Any:
         raise
     runner.stop()
     return cluster
+
+
+def use_loop(cluster: Any) -> None:
+    """Let a cluster count as a user of its event loop; nothing happens if it is asynchronous."""
+    cluster._loop_runner.start()
+
+
+def leave_loop(cluster: Any) -> None:
+    """End the event loop of a cluster that is closed, unless others use it; in any thread."""
+    cluster._loop_runner.stop()
 
 
 async def start_member(

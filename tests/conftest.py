@@ -29,7 +29,10 @@ from services import (
     ecs_service,
     fargate_options,
     gateway_server,
+    kube,
+    kube_service,
     make_ecs_pool,
+    make_kube_pool,
     slurm,
     ssh_hosts,
 )
@@ -40,7 +43,10 @@ __all__ = [
     "ecs_service",
     "fargate_options",
     "gateway_server",
+    "kube",
+    "kube_service",
     "make_ecs_pool",
+    "make_kube_pool",
     "slurm",
     "ssh_hosts",
 ]

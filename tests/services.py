@@ -24,6 +24,7 @@ from support import make_site
 
 if TYPE_CHECKING:
     from ecs_agent import ECS
+    from kube_operator import Kube
 
 MakePool = Callable[..., FlamePool]
 
@@ -266,3 +267,43 @@ def start_gateway_server(folder: Path) -> Iterator[GatewayServer]:
 def gateway_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayServer]:
     with start_gateway_server(tmp_path_factory.mktemp("gateway")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def kube_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kube]:
+    """Kubernetes on this machine: its API is an imitation, what runs in its pods is real."""
+    pytest.importorskip("dask_kubernetes", reason="dask-kubernetes is missing")
+    from kube_api import start_kube
+
+    with start_kube(tmp_path_factory.mktemp("kube")) as kube, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(kube.config))
+        yield kube
+
+
+@pytest.fixture
+def kube(kube_service: Kube, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kube]:
+    """Kubernetes without faults and with nothing in it, looked at often; fails if a thing is left.
+
+    That is so in this process alone, not in programs.
+    """
+    monkeypatch.setattr("flame_dask.backends.kube_api._PAUSES", (0.05, 0.1))
+    monkeypatch.setattr("flame_dask.backends.kube.LOOK_PAUSES", (0.3, 1.0))
+    kube_service.reset()
+    yield kube_service
+    kube_service.reset()
+    kube_service.settle()
+    left = kube_service.everything()
+    kube_service.clear()  # for the tests that follow
+    assert left == []
+
+
+@pytest.fixture
+def make_kube_pool(kube: Kube, make_pool: MakePool) -> MakePool:
+    """Open pools on Kubernetes; ``cluster`` are options for the class, beyond the usual ones."""
+    from dask_kubernetes.operator import KubeCluster
+
+    def make(**options: Any) -> FlamePool:
+        given = {"scheduler_service_type": "LoadBalancer", **options.pop("cluster", {})}
+        return make_pool(backend=(KubeCluster, given), **options)
+
+    return make

@@ -11,6 +11,7 @@ from dask._task_spec import Task
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 from distributed.batched import BatchedSend
 from distributed.client import Future, FutureState
+from distributed.core import rpc
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import SchedulerState
 from distributed.worker_state_machine import TaskFinishedMsg, TaskState
@@ -108,6 +109,32 @@ def test_a_scheduler_can_be_told_to_let_a_worker_go() -> None:
             assert parameters(scheduler.remove_worker) >= {"address", "stimulus_id", "close"}
 
     asyncio.run(main())
+
+
+def test_a_scheduler_can_be_kept_from_being_idle() -> None:
+    """G3: somebody asks it, by RPC, and it asks itself; afterwards all is as ever."""
+    busy = True
+
+    async def main() -> tuple[float | None, float | None, str]:
+        nonlocal busy
+        async with Scheduler(port=0, dashboard=False, idle_timeout="50ms") as scheduler:
+            assert scheduler.handlers["check_idle"] == scheduler.check_idle
+            internals.keep_awake(scheduler, lambda: busy)
+            async with rpc(scheduler.address) as asking, asyncio.timeout(10):
+                while not scheduler.periodic_callbacks["idle-timeout"].is_running():
+                    await asyncio.sleep(0.01)
+                first = await asking.check_idle()
+                # It would have ended by now.
+                later = asyncio.get_running_loop().time() + 0.6
+                while asyncio.get_running_loop().time() < later:
+                    await asyncio.sleep(0.01)
+                again, status = await asking.check_idle(), scheduler.status.name
+                busy = False
+            async with asyncio.timeout(10):
+                await scheduler.finished()
+            return first, again, status
+
+    assert asyncio.run(main()) == (0.0, 0.0, "running")
 
 
 def test_errors_are_opened() -> None:

@@ -12,15 +12,16 @@ from flame_dask.backends.base import Backend
 from flame_dask.backends.generic import GenericBackend
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.backends.ssh import SSHBackend
-from flame_dask.backends.vendor import is_ecs, is_gateway, is_job_queue, is_vm, split
+from flame_dask.backends.vendor import is_ecs, is_gateway, is_job_queue, is_kube, is_vm, split
 from flame_dask.errors import PoolOptionsError
 from flame_dask.options import PoolOptions
 
 _REMEDY = (
     "give LocalCluster, SubprocessCluster, SSHCluster, a class of dask-jobqueue or "
-    "dask-cloudprovider, GatewayCluster, or another class that inherits from SpecCluster; one of "
-    "them with options as (class, {...}), its dotted path, a running cluster without workers, or "
-    "an object with the methods of flame_dask.backends.base.Backend"
+    "dask-cloudprovider, GatewayCluster, dask_kubernetes.operator.KubeCluster, or another class "
+    "that inherits from SpecCluster; one of them with options as (class, {...}), its dotted path, "
+    "a running cluster without workers, or an object with the methods of "
+    "flame_dask.backends.base.Backend"
 )
 
 
@@ -54,6 +55,10 @@ def resolve(options: PoolOptions) -> Backend:
         from flame_dask.backends.gateway import GatewayBackend
 
         return GatewayBackend(options, given, more)
+    if is_kube(given):
+        from flame_dask.backends.kube import KubeBackend
+
+        return KubeBackend(options, given, more)
     if is_ecs(given):
         from flame_dask.backends.ecs import ECSBackend
 
@@ -85,10 +90,10 @@ def _refuse_vendors(given: Any) -> None:
         raise PoolOptionsError("backend", given, remedy, problem="runs already")
 
 
-#: Clusters that are told a number of workers and no more, and what to give instead. Each replaces a
-#: worker that ends, and chooses by itself which one goes when there are to be fewer.
+#: Clusters whose single workers can't be started and ended soundly, and what to give instead.
 _UNSUPPORTED = {
-    ("dask_kubernetes", "KubeCluster"): "use Dask Gateway's cluster on Kubernetes, GatewayCluster",
+    # That of the operator is another class of this name.
+    ("dask_kubernetes", "KubeCluster"): "use dask_kubernetes.operator.KubeCluster",
     ("coiled", "Cluster"): "use a class of dask-cloudprovider for the same cloud, such as "
     "FargateCluster or EC2Cluster",
 }

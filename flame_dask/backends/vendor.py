@@ -87,6 +87,12 @@ def is_gateway(given: Any) -> bool:
     return _descends(kind, "dask_gateway.client", "GatewayCluster")
 
 
+def is_kube(given: Any) -> bool:
+    """Tell whether this is the class for dask-kubernetes' operator, or alike, or such a cluster."""
+    kind = given if isinstance(given, type) else type(given)
+    return _descends(kind, "dask_kubernetes.operator.kubecluster.kubecluster", "KubeCluster")
+
+
 def is_vm(given: Any) -> bool:
     """Tell whether this is one of dask-cloudprovider's classes for virtual machines, or alike."""
     return _descends(given, "dask_cloudprovider.generic.vmcluster", "VMCluster")

@@ -13,8 +13,7 @@ from typing import Any, Self
 
 import dask.config
 from dask.utils import parse_bytes, parse_timedelta
-from distributed import Scheduler
-from distributed.deploy.cluster import Cluster
+from distributed import Scheduler, SpecCluster
 from distributed.utils import SyncMethodMixin
 
 from flame_dask import dask_internals as internals
@@ -156,6 +155,7 @@ class PoolLife(SyncMethodMixin):
             owns_scheduler=self._backend_owns_scheduler(),
             adopts=self._adopts,
             patience=getattr(self._backend, "patience", PATIENCE),
+            keep_awake=getattr(self._backend, "keep_awake", False),
         )
         runner = FlameRunner(
             self.name,
@@ -177,9 +177,9 @@ class PoolLife(SyncMethodMixin):
             await install_remote(self.client, host, plugin, runner.name)
             self._port = CommPort(loop, self.client)
         self._desk = CallDesk(self.name, self.client, self._port)
-        # A cluster of another kind than SpecCluster has no place for it.
+        # A cluster of another kind than SpecCluster has no place for it, or another `adapt`.
         adapt: Callable[..., Any] = partial(PoolAdaptive, self.cluster)
-        if isinstance(self.cluster, Cluster):
+        if isinstance(self.cluster, SpecCluster):
             adapt = partial(self.cluster.adapt, Adaptive=PoolAdaptive)
         self._adaptive: PoolAdaptive = adapt(
             minimum=options.min,
@@ -211,8 +211,12 @@ class PoolLife(SyncMethodMixin):
     def _backend_owns_scheduler(self) -> bool:
         """Say whether the scheduler has to end with the pool, and can't by itself (G3)."""
         own = isinstance(self._backend, SpecBackend) or self._adopts
-        given = getattr(self._backend, "given", True)
-        return own and not given and not isinstance(self._scheduler, Scheduler)
+        return own and not self._is_given and not isinstance(self._scheduler, Scheduler)
+
+    @property
+    def _is_given(self) -> bool:
+        """Whether the cluster was there before the pool, and goes on without it."""
+        return bool(getattr(self._backend, "given", True))
 
     @property
     def _adopts(self) -> bool:
@@ -333,7 +337,7 @@ class PoolLife(SyncMethodMixin):
         if isinstance(scheduler, Scheduler):
             # It may be somebody else's, and go on.
             await internals.uninstall_local(scheduler, self._host, self._runner)
-        elif self._comes_bare and not self._host.owns_scheduler and self.client.status == "running":
+        elif self._comes_bare and self._is_given and self.client.status == "running":
             await internals.uninstall_remote(self.client, self._host, self._runner)
         internals.forget_adaptive(self.cluster, self._adaptive)
 

@@ -60,11 +60,6 @@ class Adoption:
         booting = (r.id for r in runners if r.state == "booting" and r.id not in self._addresses)
         return next(booting, "")
 
-    def may_go(self, workers: list[Any]) -> list[Any]:
-        """Return which of these workers a cluster may take that wants fewer: no runner (D3)."""
-        runners = set(self._addresses.values())
-        return [worker for worker in workers if worker.address not in runners]
-
     def part_with(self, runner: str, force: bool, limit: float | None, message: Message) -> bool:
         """Have a runner end itself; the parent hears of it when it is gone.
 

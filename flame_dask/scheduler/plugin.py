@@ -36,9 +36,11 @@ from flame_dask.errors import CallTimeout, FlameError, PoolClosed
 from flame_dask.payload import Payload
 from flame_dask.runner.execution import Terms, run_call, run_call_async
 from flame_dask.scheduler import gateway
-from flame_dask.scheduler.adoption import Adoption
+from flame_dask.scheduler.adoption import Adoption, Message
 from flame_dask.scheduler.arrivals import Arrivals
 from flame_dask.scheduler.calls import (
+    NOWHERE,
+    UNKNOWN,
     HostCall,
     boot_error,
     lost_error,
@@ -51,14 +53,6 @@ if TYPE_CHECKING:
     from distributed import Scheduler
 
 logger = logging.getLogger("flame_dask.scheduler")
-
-#: A scheduler that has no running worker of this address: a task pinned to it can't start.
-NOWHERE = "flame://nowhere"
-
-#: What the core is told a runner died of, as long as the backend has not said (F2).
-UNKNOWN = "lost"
-
-Message = dict[str, Any]
 
 
 class FlameScheduler(SchedulerPlugin):
@@ -84,6 +78,8 @@ class FlameScheduler(SchedulerPlugin):
         Whether the cluster starts workers by their number alone, and chooses their names.
     patience
         Seconds for the backend to say what a runner died of.
+    keep_awake
+        Whether the scheduler counts as busy as long as the pool is open, with work or without.
     versions
         What the parent has; runners have to fit.
     """
@@ -101,10 +97,12 @@ class FlameScheduler(SchedulerPlugin):
         owns_scheduler: bool = False,
         adopts: bool = False,
         patience: float = PATIENCE,
+        keep_awake: bool = False,
         versions: Mapping[str, str] | None = None,
     ) -> None:
         self.adopts = adopts
         self.patience = patience
+        self.keep_awake = keep_awake
         self.versions = package.versions() if versions is None else versions
         self.pool = pool
         self.options = options
@@ -136,8 +134,9 @@ class FlameScheduler(SchedulerPlugin):
         self._loop = scheduler.loop.asyncio_loop  # type: ignore[attr-defined]
         self._inquest: Inquest[HostCall] = Inquest(self._loop, self._lose, self.patience)
         # The parent is gone: nobody starts and stops runners any more (G3).
-        self._orphaned = False
-        self._closed = False
+        self._orphaned = self._closed = False
+        if self.keep_awake:
+            internals.keep_awake(scheduler, lambda: self.parent is not None and not self._closed)
         self._handlers: dict[str, Callable[..., None]] = {
             "call": self._on_call,
             "release": self._on_release,
@@ -353,8 +352,8 @@ class FlameScheduler(SchedulerPlugin):
         internals.hasten_worker(scheduler, worker)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:
-        """Let a cluster that wants fewer workers take none of those that it does not choose."""
-        return workers if self._adoption is None else self._adoption.may_go(workers)
+        """Let whoever wants fewer workers take none that is a runner: that is the core's to say."""
+        return [worker for worker in workers if worker.address not in self.runner_at]
 
     def remove_worker(
         self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any

@@ -31,7 +31,6 @@ from flame_dask import (
 )
 from flame_dask.backends import gateway
 from flame_dask.options import PoolOptions
-from flame_dask.scheduler.adoption import Adoption
 from flame_dask.scheduler.arrivals import NOT_WANTED, Arrivals
 from flame_dask.scheduler.gateway import heed_every_order
 from services import start_gateway_server
@@ -446,13 +445,6 @@ def test_c2_an_order_during_a_report_is_reported(pools: int) -> None:
         heed_every_order(SimpleNamespace(services={"gateway": service}))  # type: ignore[arg-type]
     asyncio.run(service.heartbeat())
     assert told == [1, 2, 3]
-
-
-def test_d3_the_gateway_may_take_no_runner() -> None:
-    nowhere: Any = SimpleNamespace(services={})
-    adoption = Adoption(nowhere, nowhere, nowhere, {"r1": "tcp://a"}, nowhere)
-    runner, other = (SimpleNamespace(address=f"tcp://{name}") for name in "ab")
-    assert adoption.may_go([runner, other]) == [other]
 
 
 def test_a8_a_worker_that_does_not_fit_is_refused_by_the_parents_versions() -> None:

@@ -99,7 +99,11 @@ def test_a3_a_cluster_of_another_kind_is_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "remedy"),
     [
-        ("dask_kubernetes.operator.kubecluster.kubecluster", "KubeCluster", "GatewayCluster"),
+        (
+            "dask_kubernetes.classic.kubecluster",
+            "KubeCluster",
+            "dask_kubernetes.operator.KubeCluster",
+        ),
         ("coiled.cluster", "Cluster", "EC2Cluster"),
     ],
 )

@@ -46,6 +46,17 @@ def test_a4_the_scheduler_knows_calls_by_the_functions_name(shared: FlamePool) -
     assert shared.client.run_on_scheduler(look) >= {"a_function_with_a_name"}
 
 
+def test_a4_d3_whoever_wants_fewer_workers_gets_no_runner(shared: FlamePool) -> None:
+    """And the scheduler is idle as ever: Dask's option for its end keeps its meaning."""
+
+    def look(dask_scheduler: Any) -> tuple[int, list[str], str]:
+        choice = dask_scheduler.workers_to_close(n=1)
+        return len(dask_scheduler.workers), choice, dask_scheduler.check_idle.__module__
+
+    assert shared.call(inc, 1) == 2
+    assert shared.client.run_on_scheduler(look) == (1, [], "distributed.scheduler")
+
+
 def test_a4_the_task_stream_shows_calls(shared: FlamePool) -> None:
     with distributed.get_task_stream(shared.client) as stream:
         futures = [shared.submit(a_function_with_a_name, 0.05) for _ in range(3)]
