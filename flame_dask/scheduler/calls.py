@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from flame_dask.core import instructions as do
 from flame_dask.core.events import BootProblem
 from flame_dask.errors import BootError, CallTimeout, RunnerLost
 from flame_dask.payload import Payload
 from flame_dask.scheduler.inquest import Verdict
-
-#: A scheduler that has no running worker of this address: a task pinned to it can't start.
-NOWHERE: Final = "flame://nowhere"
-
-#: What the core is told a runner died of, as long as the backend has not said (F2).
-UNKNOWN: Final = "lost"
 
 
 class HostCall:

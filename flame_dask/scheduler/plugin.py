@@ -1,23 +1,18 @@
 """The host of the pool core, a Dask scheduler plugin.
 
-It holds no policy. What happens on the scheduler becomes an event for the core, what the core
-instructs becomes an effect, and one timer wakes the core at its next deadline.
-
-A call is an ordinary Dask task, pinned to the runner that the core chose and created when its slot
-is free. It is wanted by a client that exists in name only (``owner``), so Dask tells no client
-about it and never frees it on its own: what a parent hears of its calls, it hears from here.
+It holds no policy. What happens on the scheduler becomes an event for the core, and what the core
+instructs becomes an effect: on runners here, on calls in
+:class:`~flame_dask.scheduler.tasks.CallTasks`. :class:`~flame_dask.scheduler.driver.CoreDriver` is
+in between, with the clock.
 
 Everything runs on the scheduler's event loop. Scheduler hooks run in the middle of the scheduler's
-own transitions, which must not be re-entered, so they only take note and deliver; what changes
-tasks follows in :meth:`FlameScheduler._flush`, in the same turn of the loop.
+own transitions, which must not be re-entered, so they only take note and deliver.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from asyncio import TimerHandle
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,30 +24,31 @@ from flame_dask.constants import LAST_RESORT
 from flame_dask.core import events as ev
 from flame_dask.core import instructions as do
 from flame_dask.core.backoff import Backoff
-from flame_dask.core.events import BootProblem, Event, Limits, PoolOptionsView
+from flame_dask.core.events import BootProblem, Limits, PoolOptionsView
 from flame_dask.core.instructions import Instruction
 from flame_dask.core.pool import PoolState
-from flame_dask.errors import CallTimeout, FlameError, PoolClosed
+from flame_dask.errors import CallTimeout, PoolClosed
 from flame_dask.payload import Payload
-from flame_dask.runner.execution import Terms, run_call, run_call_async
 from flame_dask.scheduler import gateway
-from flame_dask.scheduler.adoption import Adoption, Message
+from flame_dask.scheduler.adoption import Adoption
 from flame_dask.scheduler.arrivals import Arrivals
 from flame_dask.scheduler.calls import (
-    NOWHERE,
-    UNKNOWN,
     HostCall,
     boot_error,
     lost_error,
     scaled_message,
     timeout_error,
 )
-from flame_dask.scheduler.inquest import PATIENCE, Inquest, Verdict
+from flame_dask.scheduler.driver import CoreDriver
+from flame_dask.scheduler.inquest import PATIENCE, Verdict
+from flame_dask.scheduler.tasks import UNKNOWN, CallTasks
 
 if TYPE_CHECKING:
     from distributed import Scheduler
 
 logger = logging.getLogger("flame_dask.scheduler")
+
+Message = dict[str, Any]
 
 
 class FlameScheduler(SchedulerPlugin):
@@ -114,27 +110,30 @@ class FlameScheduler(SchedulerPlugin):
     async def start(self, scheduler: Scheduler) -> None:
         """Take up work on a scheduler; called by it, or by a parent in the same process."""
         self.scheduler = scheduler
-        self.owner = f"flame-{self.pool}"
         self._told = str(scheduler.contact_address or scheduler.address)
         self.core = PoolState(self.options, name=self.pool, backoff=self.backoff)
         # Clients in this process hear of their calls by a plain function call.
         self.sinks: dict[str, Callable[[Message], None]] = {}
         self.parent: str | None = None
-        self.calls: dict[str, HostCall] = {}
-        # By the keys of their tasks: calls that are on a runner.
-        self.tasks: dict[str, HostCall] = {}
         self.address_of: dict[str, str] = {}
         self.runner_at: dict[str, str] = {}
-        self._events: deque[Event] = deque()
-        self._busy = False
-        self._over: list[tuple[HostCall, str]] = []
-        self._flushing = False
-        self._timer: TimerHandle | None = None
-        self._timer_due = float("inf")
         self._loop = scheduler.loop.asyncio_loop  # type: ignore[attr-defined]
-        self._inquest: Inquest[HostCall] = Inquest(self._loop, self._lose, self.patience)
+        self._driver = CoreDriver(self.core, self._loop, self._carry_out)
+        self._tell = self._driver.tell
+        self._tasks = CallTasks(
+            scheduler,
+            self._loop,
+            self.pool,
+            inline_limit=self.inline_limit,
+            own_thread=self.own_thread,
+            send=self._send,
+            tell=self._tell,
+            patience=self.patience,
+        )
+        self.calls = self._tasks.calls
         # The parent is gone: nobody starts and stops runners any more (G3).
-        self._orphaned = self._closed = False
+        self._orphaned = False
+        self._closed = False
         if self.keep_awake:
             internals.keep_awake(scheduler, lambda: self.parent is not None and not self._closed)
         self._handlers: dict[str, Callable[..., None]] = {
@@ -161,10 +160,8 @@ class FlameScheduler(SchedulerPlugin):
 
     async def before_close(self) -> None:
         """Stop the clock: the scheduler closes."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._inquest.close()
+        self._driver.stop()
+        self._tasks.inquest.close()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -241,7 +238,7 @@ class FlameScheduler(SchedulerPlugin):
         """Let a call go whose caller is gone, or has its answer."""
         call.answered = True
         if call.delivering:
-            self._end(call)
+            self._tasks.end(call)
         else:
             self._tell(ev.CallReleased(call.key))
             if call.key not in self.core.calls:
@@ -255,10 +252,10 @@ class FlameScheduler(SchedulerPlugin):
         delivering = call.delivering and call.task == task
         if delivering and lost:
             call.delivering = False
-            self._drop_task(call)
+            self._tasks.drop(call)
             self._tell(ev.CallLost(key, "unreachable"))
         elif delivering:
-            self._end(call)
+            self._tasks.end(call)
         elif not lost:
             # Its runner was lost while the result was on its way, and the call waits or runs anew.
             self._release(call)
@@ -274,7 +271,7 @@ class FlameScheduler(SchedulerPlugin):
         log_tail: list[str],
     ) -> None:
         """Take note: a runner ended by itself, or never started, and nothing of it is left."""
-        self._inquest.found(runner, Verdict.of(loss, exit_code))
+        self._tasks.inquest.found(runner, Verdict.of(loss, exit_code))
         known = self.core.runners.get(runner)
         if known is not None and known.state in ("ready", "draining"):
             self._tell(ev.RunnerLost(runner, UNKNOWN))  # remove_worker follows
@@ -291,7 +288,7 @@ class FlameScheduler(SchedulerPlugin):
         exit_code: int | None,
         log_tail: list[str],
     ) -> None:
-        self._inquest.found(runner, Verdict.of(loss, exit_code))
+        self._tasks.inquest.found(runner, Verdict.of(loss, exit_code))
         said = cause if loss is not None else ""
         self._tell(ev.RunnerStopped(runner, tuple(log_tail), said))
 
@@ -314,7 +311,7 @@ class FlameScheduler(SchedulerPlugin):
 
     def _on_terminated(self, worker: str, task: str, how: str, reason: str) -> None:
         """Take note that the work of a call has been ended; its task is over in a moment (E3)."""
-        call = self.tasks.get(task)
+        call = self._tasks.running.get(task)
         if call is None:
             return
         call.how = how
@@ -322,18 +319,19 @@ class FlameScheduler(SchedulerPlugin):
             return
         if reason == "deadline":  # the runner's own clock was the faster one
             limit = call.limit or 0.0
-            self._fail(call, CallTimeout("running", running=limit, limit=limit, call=call.key))
+            late = CallTimeout("running", running=limit, limit=limit, call=call.key)
+            self._tasks.fail(call, late)
         else:
             runner = self.runner_at.get(worker)
-            self._fail(call, lost_error(call, runner, Verdict()))
+            self._tasks.fail(call, lost_error(call, runner, Verdict()))
 
     def _on_call_lost(
         self, worker: str, task: str, cause: str, exit_code: int | None, signal: int | None
     ) -> None:
         """Take note that a call's own process died; its runner lives on."""
-        call = self.tasks.get(task)
+        call = self._tasks.running.get(task)
         if call is not None:
-            self._drop_task(call)
+            self._tasks.drop(call)
             self._tell(ev.CallLost(call.key, cause, exit_code, signal))
 
     # -- scheduler hooks -----------------------------------------------------------------------
@@ -358,24 +356,12 @@ class FlameScheduler(SchedulerPlugin):
     def remove_worker(
         self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any
     ) -> None:
-        """Tell the core of a runner's end, in the same turn of the loop in which Dask learns of it.
-
-        Its tasks stand in ``no-worker`` now: they are pinned to an address that will not come
-        back, so Dask starts none of them anew (F1).
-        """
+        """Tell the core of a runner's end, in the turn of the loop in which Dask learns of it."""
         runner = self.runner_at.pop(worker, None)
         if runner is None:
             return
         del self.address_of[runner]
-        for call, _ in self._over:
-            if call.address == worker:
-                # It has its answer, and must not be started anew with those that are lost.
-                self._tell(ev.CallReleased(call.key))
-        left = [task for task, call in self.tasks.items() if call.address == worker]
-        for task in left:
-            call = self.tasks.pop(task)
-            call.task, call.delivering = None, False
-        internals.forget_tasks(scheduler, left, self.owner, stimulus_id)
+        self._tasks.strand(worker, stimulus_id)
         # The core answers for those whose callers still wait, or starts them anew (retries).
         refused = self._arrivals.refused.pop(runner, None)
         self._tell(ev.RunnerLost(runner, refused or UNKNOWN))
@@ -431,115 +417,15 @@ class FlameScheduler(SchedulerPlugin):
         self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
     ) -> None:
         """Deliver what a task of ours has come to."""
-        if start != "processing":
-            return
-        call = self.tasks.get(key)
-        if call is None:
-            return
-        if finish == "memory":
-            self._deliver(call, kwargs)
-        elif call.address not in self.scheduler.workers:
-            return  # remove_worker follows in this turn, and answers for the runner's calls
-        elif finish == "erred":
-            if not call.answered:
-                exception, trace = kwargs.get("exception"), kwargs.get("traceback")
-                message = {
-                    "what": "failed",
-                    "key": call.key,
-                    "exception": exception,
-                    "traceback": trace,
-                }
-                self._send(call.client, message)
-                call.answered = True
-            self._end(call)
-        elif (call, key) not in self._over:
-            # Rescheduled: by the task itself, or because its worker is closing. It has started
-            # once, so it must not start again, here or elsewhere (F1).
-            self.scheduler.tasks[key].worker_restrictions = {NOWHERE}
-            self._loop.call_soon(self._rescheduled, call, key)
+        if start == "processing":
+            self._tasks.processed(key, finish, kwargs)
 
-    def _rescheduled(self, call: HostCall, task: str) -> None:
-        if self.tasks.get(task) is call:
-            self._terminate(call, "rescheduled")  # its runner may live on, and the work with it
-            self._drop_task(call)
-            self._tell(ev.CallLost(call.key, "preempted"))
-
-    def _deliver(self, call: HostCall, kwargs: dict[str, Any]) -> None:
-        metadata = kwargs.get("metadata") or {}
-        result = metadata.get(internals.RESULT)
-        if call.answered:
-            self._end(call)
-        elif result is not None or not call.keep:
-            self._send(call.client, {"what": "result", "key": call.key, "result": result})
-            call.answered = True
-            self._end(call)
-        else:
-            # Too large to pass through here: the caller fetches it, the slot is taken until then.
-            call.delivering = True
-            message = {"what": "fetch", "key": call.key, "task": call.task}
-            self._send(call.client, {**message, "address": call.address})
-
-    def _end(self, call: HostCall) -> None:
-        """Note that the present run of a call is over."""
-        assert call.task is not None, "only a call with a task has anything to end"
-        self._over.append((call, call.task))
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        """Forget the tasks that are over, and give their slots back."""
-        over, self._over = self._over, []
-        self._flushing = False
-        # What a runner's loss has overtaken in between is no longer among the tasks.
-        over = [(call, task) for call, task in over if self.tasks.pop(task, None) is not None]
-        tasks = [task for _, task in over]
-        internals.forget_tasks(self.scheduler, tasks, self.owner, f"flame-over-{time.time()}")
-        for call, _ in over:
-            self.calls.pop(call.key, None)
-            self._tell(ev.CallEnded(call.key, call.how))
-
-    def _drop_task(self, call: HostCall) -> None:
-        """Let go of the task of a call that has lost its work, not its runner."""
-        if call.task is not None and self.tasks.pop(call.task, None) is not None:
-            stimulus = f"flame-drop-{time.time()}"
-            internals.forget_tasks(self.scheduler, [call.task], self.owner, stimulus)
-        call.task = None
-
-    # -- the core ------------------------------------------------------------------------------
-
-    def _tell(self, event: Event) -> None:
-        self._events.append(event)
-        if self._busy:  # the effect of an instruction: its turn comes after the present event
-            return
-        self._busy = True
-        try:
-            while self._events:
-                event = self._events.popleft()
-                for instruction in self.core.handle(time.monotonic(), event):
-                    self._carry_out(instruction)
-        finally:
-            self._busy = False
-        self._arm()
-
-    def _arm(self) -> None:
-        due = self.core.next_deadline()
-        if due is None or due >= self._timer_due:
-            return  # a timer that rings too early does no harm
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_due = due
-        self._timer = self._loop.call_at(due, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        self._timer_due = float("inf")
-        self._tell(ev.Tick())
+    # -- instructions of the core --------------------------------------------------------------
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case do.Start(call, runner):
-                self._start(self.calls[call], runner)
+                self._tasks.start(self.calls[call], self.address_of[runner])
             case do.Boot(runner, attempt, reason):
                 message = {"what": "boot", "runner": runner, "attempt": attempt, "reason": reason}
                 self._send_parent(message)
@@ -558,12 +444,12 @@ class FlameScheduler(SchedulerPlugin):
             case do.Expired():
                 self._expired(instruction)
             case do.Refused(call):
-                self._refuse(call, PoolClosed(self.pool))
+                self._tasks.refuse(call, PoolClosed(self.pool))
             case do.Lost(call, runner, cause, exit_code, signal):
-                self._lost(call, runner, Verdict(cause, exit_code, signal))
+                self._tasks.lost(call, runner, Verdict(cause, exit_code, signal))
             case do.Requeued(call):
                 # It has another task when it has a slot again.
-                self._drop_task(self.calls[call])
+                self._tasks.drop(self.calls[call])
             case do.AskIdle(runner, number):
                 message = {"what": "ask-idle", "number": number}
                 internals.send_to_worker(self.scheduler, self.address_of[runner], message)
@@ -579,71 +465,9 @@ class FlameScheduler(SchedulerPlugin):
                 if self._orphaned and self.owns_scheduler:
                     gateway.close_scheduler(self.scheduler)
             case do.Terminate(call, runner, reason):
-                self._terminate(self.calls[call], reason)
-
-    def _start(self, call: HostCall, runner: str) -> None:
-        address = self.address_of[runner]
-        task = call.begin(address)
-        self.tasks[task] = call
-        on_loop = call.asynchronous and not self.own_thread
-        terms = Terms(
-            call.key,
-            task,
-            self.inline_limit if call.keep else -1,
-            call.limit,
-            call.link,
-            call.asynchronous,
-        )
-        run = run_call_async if on_loop else run_call
-        spec = internals.make_task(task, run, call.payload, call.inputs, terms)
-        if call.runs > call.retries:
-            call.payload = call.inputs = None
-        internals.place_task(
-            self.scheduler,
-            key=task,
-            spec=spec,
-            address=address,
-            owner=self.owner,
-            priority=0,
-            stimulus_id=f"flame-start-{time.time()}",
-        )
-
-    def _terminate(self, call: HostCall, reason: str) -> None:
-        """Have the work of a call ended (E3)."""
-        if call.delivering:
-            self._end(call)  # it has run: only its result is still there
-        elif call.task is not None and call.address is not None:
-            message = {"what": "terminate", "task": call.task, "reason": reason}
-            internals.send_to_worker(self.scheduler, call.address, message)
+                self._tasks.terminate(self.calls[call], reason)
 
     def _expired(self, news: do.Expired) -> None:
-        self._fail(self.calls[news.call], timeout_error(news, self._told))
+        self._tasks.fail(self.calls[news.call], timeout_error(news, self._told))
         if news.phase != "running":
             del self.calls[news.call]
-
-    def _refuse(self, key: str, error: FlameError) -> None:
-        """Answer for a call that the core has struck off."""
-        call = self.calls.pop(key, None)
-        if call is not None:
-            self._fail(call, error)
-            self._drop_task(call)
-
-    def _lost(self, key: str, runner: str, verdict: Verdict) -> None:
-        """Answer for a call that was lost, as soon as it is known how."""
-        call = self.calls.pop(key, None)
-        if call is None:
-            return
-        self._drop_task(call)
-        if verdict.cause == UNKNOWN:
-            self._inquest.lost(runner, call)
-        else:
-            self._lose(call, runner, verdict)
-
-    def _lose(self, call: HostCall, runner: str, verdict: Verdict) -> None:
-        self._fail(call, lost_error(call, runner, verdict))
-
-    def _fail(self, call: HostCall, error: FlameError) -> None:
-        if call.answered:
-            return
-        call.answered = True
-        self._send(call.client, {"what": "error", "key": call.key, "error": error})
