@@ -42,6 +42,11 @@ class CallLives(PoolBooks):
         self.counters["started"] += 1
         self._out.append(do.Start(call.id, runner.id))
 
+    def _on_kept(self, now: float, event: ev.CallKept) -> None:
+        call = self.calls.get(event.call)
+        if call is not None and not call.answered and call.state != "kept":
+            self._book.keep(now, call)
+
     # -- being answered ------------------------------------------------------------------------
 
     def _on_released(self, now: float, event: ev.CallReleased) -> None:
@@ -66,7 +71,7 @@ class CallLives(PoolBooks):
 
     def _terminate(self, now: float, call: Call, event: str, reason: str) -> None:
         self._book.answer(now, call, event, self.options.grace)
-        assert call.runner is not None, "a running call has a runner"
+        assert call.runner is not None, "a call that has work has a runner"
         self._out.append(do.Terminate(call.id, call.runner.id, reason))
 
     def _refuse(self, now: float, call: Call) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flame_dask.core import instructions as do
 from flame_dask.core.boots import BootLedger
-from flame_dask.core.events import CallSubmitted
+from flame_dask.core.events import CallSubmitted, Limits
 from flame_dask.core.records import Call, Runner
 from flame_dask.core.transitions import IllegalTransition, Story
 from flame_dask.core.waiting import Alarm, Deadlines, WaitQueue
@@ -89,13 +89,20 @@ class CallBook:
         call.clock = self._boots.seconds(now)
         self._due.discard(call.id)
 
+    def keep(self, now: float, call: Call) -> None:
+        """Note that a running call has begun something that lives on (H1, I1)."""
+        call.state = self._story.call(now, call.id, call.state, "kept")
+        call.limits = Limits()
+        call.retries = 0
+        self._due.discard(call.id)
+
     def overdue(self, now: float, call: Call) -> bool:
         """Say whether a call's time is up, whatever it does."""
         total = call.limits.total
         return total is not None and now >= call.submitted + total
 
     def answer(self, now: float, call: Call, event: str, grace: float) -> None:
-        """Note that a running call's caller has been answered; its work is still there (E3).
+        """Note that the caller of a call with work has been answered; the work goes on (E3).
 
         Unless that is gone within the grace, the call comes up in :meth:`pop_due` once more.
         """

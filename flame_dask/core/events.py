@@ -74,6 +74,16 @@ class CallSubmitted(NamedTuple):
     """How often it may be started anew after its work was lost (F1)."""
 
 
+class CallKept(NamedTuple):
+    """The work of a call has begun something that lives on: a child, a resource (H1, I1).
+
+    From now on the call has no limits and no retries. It keeps its lease until it ends, is
+    released or lost.
+    """
+
+    call: str
+
+
 class CallEnded(NamedTuple):
     """The work of a call is over on its runner, and its slot is free."""
 
@@ -157,6 +167,7 @@ Event = (
     | Configure
     | Close
     | CallSubmitted
+    | CallKept
     | CallEnded
     | CallLost
     | CallReleased

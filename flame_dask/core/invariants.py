@@ -95,6 +95,10 @@ def _calls(state: PoolState) -> Iterator[str]:
             yield f"{ident} is {call.state}; in the queue: {ident in state.queue}"
         if (call.state == "waiting") != (call.runner is None):
             yield f"{ident} is {call.state} on {call.runner and call.runner.id}"
+        if call.state == "kept" and (
+            any(limit is not None for limit in call.limits) or call.retries
+        ):
+            yield f"H1, I1: {ident} is kept, with {call.limits} and {call.retries} retries"
         if call.runner is not None:
             if state.runners.get(call.runner.id) is not call.runner:
                 yield f"{ident} runs on {call.runner.id}, which is gone"
@@ -240,7 +244,7 @@ def _deadlines(state: PoolState) -> Iterator[str]:
         yield f"now is {state._now}, {min(dues)} was due"
     for ident, due in book.entries().items():
         call = state.calls.get(ident)
-        if call is None or call.state == "stuck":
+        if call is None or call.state in ("kept", "stuck"):
             yield f"E1: {ident} has a deadline and needs none"
         elif call.state != "ending" and due != _limit_of(state, ident):
             yield f"E1: {ident} is due at {due}, not at {_limit_of(state, ident)}"

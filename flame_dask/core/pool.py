@@ -223,6 +223,7 @@ _HANDLERS: Final[dict[type, Callable[[PoolState, float, Any], None]]] = {
     ev.Configure: PoolState._on_configure,
     ev.Close: PoolState._on_close,
     ev.CallSubmitted: PoolState._on_submitted,
+    ev.CallKept: PoolState._on_kept,
     ev.CallEnded: PoolState._on_ended,
     ev.CallLost: PoolState._on_call_lost,
     ev.CallReleased: PoolState._on_released,

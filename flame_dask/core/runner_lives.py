@@ -81,7 +81,7 @@ class RunnerLives(CallLives):
     def _on_ended(self, now: float, event: ev.CallEnded) -> None:
         call = self.calls.get(event.call)
         if call is not None:
-            answered = call.state != "running"
+            answered = call.answered
             self._end(now, call, "done")
             self.counters["ended"] += not answered  # each call is counted once
             if event.how:
@@ -244,8 +244,8 @@ class RunnerLives(CallLives):
             if runner.state == "draining":
                 for call_id in list(runner.leases):
                     call = self.calls[call_id]
-                    if call.state == "running":
-                        self._refuse(now, call)
-                    else:  # its caller has been answered
+                    if call.answered:
                         self._end(now, call, "pool closes")
+                    else:
+                        self._refuse(now, call)
                 self._stop(now, runner, "pool closes", "shutdown_timeout is over", force=True)

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Final, Literal
 
 RunnerState = Literal["booting", "ready", "draining", "stopping", "gone"]
-CallState = Literal["waiting", "running", "ending", "stuck", "ended"]
+CallState = Literal["waiting", "running", "kept", "ending", "stuck", "ended"]
 
 #: A runner counts towards ``max`` in every state but ``gone`` (C1).
 RUNNER: Final[dict[tuple[RunnerState, str], RunnerState]] = {
@@ -28,14 +28,16 @@ RUNNER: Final[dict[tuple[RunnerState, str], RunnerState]] = {
     ("stopping", "stopped"): "gone",
 }
 
-#: A call holds a lease while it is ``running``, ``ending`` or ``stuck``. It is ``ending`` when its
-#: caller has been answered (deadline, cancelled) while the work on the runner is still there, and
-#: ``stuck`` when that work has not gone within the grace (E3).
+#: A call holds a lease from its slot to its end. It is ``kept`` when its work has begun something
+#: that lives on, and so has no deadline and is never started anew (H1, I1). It is ``ending`` when
+#: its caller has been answered (deadline, cancelled) while the work on the runner is still there,
+#: and ``stuck`` when that work has not gone within the grace (E3).
 CALL: Final[dict[tuple[CallState, str], CallState]] = {
     ("waiting", "slot"): "running",
     ("waiting", "expired"): "ended",
     ("waiting", "released"): "ended",
     ("waiting", "pool closes"): "ended",
+    ("running", "kept"): "kept",
     ("running", "done"): "ended",
     ("running", "expired"): "ending",
     ("running", "released"): "ending",
@@ -44,6 +46,12 @@ CALL: Final[dict[tuple[CallState, str], CallState]] = {
     ("running", "runner evicted"): "ended",
     ("running", "work lost"): "ended",
     ("running", "requeued"): "waiting",
+    ("kept", "done"): "ended",
+    ("kept", "released"): "ending",
+    ("kept", "pool closes"): "ended",
+    ("kept", "runner lost"): "ended",
+    ("kept", "runner evicted"): "ended",
+    ("kept", "work lost"): "ended",
     ("ending", "stuck"): "stuck",
     ("ending", "done"): "ended",
     ("ending", "runner lost"): "ended",

@@ -62,7 +62,7 @@ def options(draw: st.DrawFn) -> PoolOptionsView:
 
 
 #: The states of a call that has work on a runner.
-_WORKING = ("running", "ending", "stuck")
+_WORKING = ("running", "kept", "ending", "stuck")
 
 _Step = TypeVar("_Step", bound=Callable[..., None])
 
@@ -125,10 +125,19 @@ class PoolMachine(RuleBasedStateMachine):
         self.ring(late=0.0, times=2)
 
     @_has_call("running")
+    @rule(n=st.integers(1, 3))
+    def keep(self, n: int) -> None:
+        """Let calls begin something that lives on."""
+        for call in self.pool.calls_in("running")[:n]:
+            # What comes up at once may have ended it.
+            if self.pool.calls[call].state == "running":
+                self.pool.tell(ev.CallKept(call))
+
+    @_has_call("running", "kept")
     @rule(data=st.data(), late=st.sampled_from([0.0, 0.25]))
     def stick(self, data: st.DataObject, late: float) -> None:
         """Let a caller go, and the grace pass."""
-        self.pool.tell(ev.CallReleased(self._call(data, "running")))
+        self.pool.tell(ev.CallReleased(self._call(data, "running", "kept")))
         self.pool.now += self.pool.core.options.grace + late
         self.pool.tell(ev.Tick())
 
@@ -164,13 +173,14 @@ class PoolMachine(RuleBasedStateMachine):
         """End the work of a call that has not started."""
         call = self._call(data, "waiting")
         self.pool.refuses(ev.CallEnded(call))
+        self.pool.refuses(ev.CallKept(call))
         self.pool.refuses(ev.CallLost(call, "oom"))
 
-    @_has_call("waiting", "running")
+    @_has_call("waiting", "running", "kept")
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         """Let a caller go."""
-        self.pool.tell(ev.CallReleased(self._call(data, "waiting", "running")))
+        self.pool.tell(ev.CallReleased(self._call(data, "waiting", "running", "kept")))
 
     # -- runners -------------------------------------------------------------------------------
 
@@ -236,8 +246,10 @@ class PoolMachine(RuleBasedStateMachine):
             news.append(ev.RunnerLeaving(runner, "SIGTERM"))
         for call in self.pool.calls_in("over")[-3:]:
             news += [ev.CallEnded(call), ev.CallReleased(call), ev.CallLost(call, "oom")]
+            news.append(ev.CallKept(call))
         for call in self.pool.calls_in("ending", "stuck"):
-            news.append(ev.CallReleased(call))
+            news += [ev.CallReleased(call), ev.CallKept(call)]
+        news += [ev.CallKept(call) for call in self.pool.calls_in("kept")]
         for runner in self.pool.runners_in("stopping"):
             news += [ev.RunnerLost(runner, "exited"), ev.RunnerReady(runner)]
             news.append(ev.RunnerLeaving(runner, "SIGTERM"))

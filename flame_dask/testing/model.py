@@ -73,6 +73,7 @@ class PoolModel:
       when it has to and not earlier (D5, E3, E5);
     * no runner goes for idleness unless it was asked and has agreed, where there is a check (D2);
     * it is first come, first served within a priority (C4);
+    * a call that is kept is never out of time, and not started anew (H1, I1);
     * seconds queued, booting and running add up, and nobody is told before the time is up (E2);
     * whoever hears of a boot's start hears of its end, once (C9).
 
@@ -166,7 +167,7 @@ class PoolModel:
     def calls_in(self, *states: str) -> list[str]:
         """Return the calls in some states.
 
-        They are ``waiting``, ``running``, ``ending``, ``stuck`` and ``over``.
+        They are ``waiting``, ``running``, ``kept``, ``ending``, ``stuck`` and ``over``.
         """
         return [ident for ident, call in self.calls.items() if call.state in states]
 
@@ -187,12 +188,16 @@ class PoolModel:
             case ev.CallSubmitted(call, limits, priority, retries):
                 self.calls[call] = CallModel(self.now, limits, priority, retries)
                 self._waits(call)
+            case ev.CallKept(call):
+                self.calls[call].state = "kept"
+                self.calls[call].limits = Limits()
+                self.calls[call].retries = 0
             case ev.CallEnded(call):
                 self._work_over(call)
                 self._over(call, "ended")
             case ev.CallLost(call, cause):
                 self._work_over(call)
-                if self.calls[call].state != "running":
+                if self.calls[call].state not in ("running", "kept"):
                     self._over(call, None)
                 else:  # it is answered, or runs again
                     self._lost_call, self._cause = call, cause
@@ -268,7 +273,7 @@ class PoolModel:
         runner = self.runners[ident]
         runner.lost = True
         for call in list(runner.leases):
-            if self.calls[call].state != "running":  # nobody is told twice
+            if self.calls[call].state not in ("running", "kept"):  # nobody is told twice
                 self._over(call, None)
 
     def _over(self, ident: str, answer: str | None) -> None:

@@ -171,6 +171,11 @@ class Script(Simulator):
         """
         return self.arrive(Arrival(self.now, work, Limits(queue, run, total), priority, retries))
 
+    def keep(self, call: str) -> Script:
+        """Let the work of a call begin something that lives on."""
+        self.tell(ev.CallKept(call))
+        return self
+
     def end(self, call: str, how: str = "") -> Script:
         """Let the work of a call be over."""
         self.tell(ev.CallEnded(call, how))

@@ -25,7 +25,7 @@ def a_pool() -> Script:
     pool.configure(min=1, max=4)
     pool.submit(queue=50)  # pool-4 boots
     pool.release(running[0])
-    return pool
+    return pool.keep(running[-1])
 
 
 def asked_pool() -> Script:
@@ -104,6 +104,8 @@ BREAKS: dict[str, Break] = {
     "is to be evicted for no reason": lambda core: core._evictions.limit(
         0, first(core, "draining"), 99
     ),
+    "H1, I1: call-6 is kept": lambda core: setattr(first(core, "kept"), "retries", 1),
+    "call-6 has a deadline": lambda core: core._book._due.set(first(core, "kept").id, 99),
     "F1": lambda core: core.counters.update(started=7),
     "is due at 99": lambda core: core._book._due.set(first(core, "running").id, 99),
     "a limit and no deadline": lambda core: core._book._due.discard(first(core, "running").id),
@@ -117,7 +119,9 @@ def test_the_pool_that_is_broken_below_is_sound():
     check(core)
     runner_states = {runner.state for runner in core.runners.values()}
     assert runner_states == {"booting", "ready", "draining"}
-    assert {call.state for call in core.calls.values()} == {"waiting", "running", "ending"}
+    assert {call.state for call in core.calls.values()} == {
+        *("waiting", "running", "kept", "ending"),
+    }
 
 
 @pytest.mark.parametrize("problem", BREAKS)

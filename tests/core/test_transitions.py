@@ -63,11 +63,17 @@ RUNNER_STORIES = {
     ("stopping", "stopped"): lambda: (s := stopping(), s.tell(ev.RunnerStopped("pool-1")))[0],
 }
 
+
+def kept(**options: object) -> Script:
+    return ready(ending=None, **options).keep("call-1")
+
+
 CALL_STORIES = {
     ("waiting", "slot"): ready,
     ("waiting", "expired"): lambda: (s := boots(), s.submit(queue=0.0))[0],
     ("waiting", "released"): lambda: boots().release("call-1"),
     ("waiting", "pool closes"): lambda: boots().close(),
+    ("running", "kept"): kept,
     ("running", "done"): lambda: ready().end("call-1"),
     ("running", "expired"): lambda: (s := ready(max_concurrency=2), s.submit(run=0.0))[0],
     ("running", "released"): lambda: ready(ending=None).release("call-1"),
@@ -78,6 +84,12 @@ CALL_STORIES = {
     ("running", "requeued"): lambda: (s := ready(), s.submit(retries=1), s.run_for(1))[0].lose_call(
         "call-2"
     ),
+    ("kept", "done"): lambda: kept().end("call-1"),
+    ("kept", "released"): lambda: kept().release("call-1"),
+    ("kept", "pool closes"): lambda: kept(shutdown_timeout=5.0).close().run_for(5),
+    ("kept", "runner lost"): lambda: kept().lose("pool-1"),
+    ("kept", "runner evicted"): lambda: kept(shutdown_timeout=5.0).leave("pool-1").run_for(5),
+    ("kept", "work lost"): lambda: kept().lose_call("call-1"),
     ("ending", "stuck"): stuck,
     ("ending", "runner evicted"): lambda: (
         ready(ending=None, grace=60.0, shutdown_timeout=5.0)
@@ -163,6 +175,7 @@ def test_what_no_table_has_is_refused(table, step, states):
         (draining, ev.RunnerStopped("pool-1")),
         (boots, ev.CallEnded("call-1")),
         (boots, ev.CallLost("call-1", "oom")),
+        (boots, ev.CallKept("call-1")),
         (boots, ev.CallSubmitted("call-1")),
         (ready, ev.CallSubmitted("call-1")),
     ],
@@ -210,6 +223,7 @@ def test_the_story_is_bounded():
         ev.CallEnded("call-1", "SIGKILL to its processes"),
         ev.CallLost("call-1", "oom"),
         ev.CallReleased("call-1"),
+        ev.CallKept("call-1"),
     ],
 )
 def test_news_of_an_earlier_life_changes_nothing(event):
