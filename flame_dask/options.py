@@ -180,6 +180,16 @@ RESERVED: Final[frozenset[str]] = frozenset(_CALL_CHECKS)
 """The keywords of a call that are for flame_dask, not for the function (B1)."""
 
 
+CONFIGURABLE: Final = frozenset(
+    {
+        *("min", "max", "buffer", "placement"),
+        *("timeout", "queue_timeout", "boot_timeout"),
+        *("idle_shutdown_after", "min_idle_shutdown_after"),
+    }
+)
+"""What can be changed on a running pool (C8). Runners are told of the rest as they start."""
+
+
 class NotYet(NamedTuple):
     """Which values of an option this version does not carry out, and what to give instead."""
 
@@ -311,7 +321,7 @@ class CallOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PoolOptions:
-    """The options of a pool, checked and complete (A1). Made by ``check`` and ``replace`` only.
+    """The options of a pool, checked and complete (A1). Made by its methods only.
 
     The fields are the options in the contract's order, then three that follow from them.
 
@@ -441,6 +451,52 @@ class PoolOptions:
         if not self.queue_timeout_given:
             del values["queue_timeout"]
         return self._from(values | changes, {})
+
+    def configure(self, **changes: object) -> PoolOptions:
+        """Change options of a pool that runs, and check all again (C8).
+
+        Parameters
+        ----------
+        changes
+            Any of ``CONFIGURABLE``, as ``check`` takes them. A duration for ``idle_shutdown_after``
+            leaves its check as it is; a pair must have that same check.
+
+        Returns
+        -------
+        PoolOptions
+            A new object; this one stays as it is.
+
+        Raises
+        ------
+        PoolOptionsError
+            As for ``check``, and for an option that can't be changed any more.
+
+        Examples
+        --------
+        >>> PoolOptions.check("web", max=10).configure(max=20, buffer=1).buffer
+        1
+        """
+        _refuse_unknown(changes, _CHECKS, "is not an option of FlamePool")
+        for option, value in changes.items():
+            if option not in CONFIGURABLE:
+                problem = "can't be changed on a running pool"
+                raise PoolOptionsError(
+                    option, value, "close the pool and open another", problem=problem
+                )
+        new = self.replace(**changes)
+        if new.idle_check == self.idle_check:
+            return new
+        idle = changes["idle_shutdown_after"]
+        if isinstance(idle, tuple):
+            # Those that are there have the other one, and it can't be taken from them.
+            raise PoolOptionsError(
+                "idle_shutdown_after",
+                idle,
+                "give a duration alone, which leaves the check as it is, or close the pool and "
+                "open another",
+                problem="has another check than the pool's runners",
+            )
+        return dataclasses.replace(new, idle_check=self.idle_check)
 
     @classmethod
     def _from(cls, values: Mapping[str, object], sources: Mapping[str, str]) -> PoolOptions:

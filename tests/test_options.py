@@ -710,5 +710,43 @@ def test_b1_keywords_once_they_are_carried_out():
     assert CallOptions.check(check(track_resources=True)).track_resources
 
 
+# -- configure -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", sorted(options._CHECKS.keys() - options.CONFIGURABLE))
+def test_c8_what_runners_are_told_as_they_start_can_not_be_changed(option):
+    with pytest.raises(PoolOptionsError, match="on a running pool: close the pool and") as caught:
+        check().configure(**{"buffer": 1, option: "v4lue"})
+    assert caught.value.option == option
+    assert "v4lue" not in str(caught.value) or option not in ("env", "security")
+
+
+def test_c8_all_else_is_changed_and_checked_as_one():
+    made = check(min=1, boot_timeout=10)
+    changes = {"min": 2, "max": 3, "buffer": 1, "placement": "pack", "timeout": "1m"}
+    changes |= {"queue_timeout": 5, "boot_timeout": 7, "idle_shutdown_after": "2s"}
+    changes |= {"min_idle_shutdown_after": timedelta(seconds=9)}
+    assert changes.keys() == options.CONFIGURABLE
+    new = made.configure(**changes)
+    assert new == made.replace(**changes)
+    assert (new.timeout, new.call_defaults.timeout, new.min_idle_shutdown_after) == (60, 60, 9)
+    assert made.configure() == made
+    assert made.configure(boot_timeout=7).queue_timeout == 7
+    with pytest.raises(PoolOptionsError, match="give at most max=1, or a larger max"):
+        made.configure(min=2, max=1)
+
+
+def test_c8_d2_a_duration_leaves_the_check_as_it_is():
+    made = check(idle_shutdown_after=(10, bool))
+    new = made.configure(idle_shutdown_after=20, max=7)
+    assert (new.idle_shutdown_after, new.idle_check, new.max) == (20, bool, 7)
+    assert made.configure(max=7).idle_check is bool
+    assert made.configure(idle_shutdown_after=(None, bool)).idle_shutdown_after is None
+    for other in (made, check()):
+        with pytest.raises(PoolOptionsError, match="another check") as caught:
+            other.configure(idle_shutdown_after=(20, int))
+        assert caught.value.option == "idle_shutdown_after"
+
+
 def test_examples_in_docstrings():
     assert doctest.testmod(options).failed == 0

@@ -27,14 +27,19 @@ class Backend(Protocol):
     ``open`` and ``close`` run where the pool is opened and closed, the others on the cluster's
     event loop.
 
-    Some attributes are optional. ``patience``: the seconds that ``watch`` and ``stop`` may take to
-    tell of an end that the scheduler has seen already; 1 if there is none. ``bare``: whether
-    workers come without what makes runners of them (:mod:`flame_dask.runner.newcomer` does it
-    then). ``adopts``: whether they choose their own names, too (see
-    :mod:`flame_dask.scheduler.adoption`). ``keep_awake``: whether somebody ends the scheduler when
-    it has nothing to do, and must not while the pool is open. ``closing``: a method that is called
-    when the pool comes to its end, for a backend that can also end runners all at once, in
-    ``close``, so that ``stop`` need not go on trying.
+    Some attributes are optional:
+
+    - ``patience``: the seconds that ``watch`` and ``stop`` may take to tell of an end that the
+      scheduler has seen already; 1 if there is none.
+    - ``bare``: whether workers come without what makes runners of them
+      (:mod:`flame_dask.runner.newcomer` does it then).
+    - ``adopts``: whether they choose their own names, too (:mod:`flame_dask.scheduler.adoption`).
+    - ``keep_awake``: whether somebody ends the scheduler when it has nothing to do, and must not
+      while the pool is open.
+    - ``closing``: a method that is called when the pool comes to its end, for a backend that can
+      also end runners all at once, in ``close``, so that ``stop`` need not go on trying.
+    - ``configured``: a method that takes the options of the pool when some have changed (C8), for a
+      backend that tells its runners of any.
     """
 
     def open(self, *, asynchronous: bool) -> Any:

@@ -113,9 +113,7 @@ class JobQueueBackend(RemoteBackend):
             scheduler.setdefault("interface", setting("interface"))
         super().__init__(options, self._name, scheduler, local=False)
 
-        # Once the job runs it has no need of the time that it may wait in the queue.
-        limits = [setting("death_timeout"), options.boot_timeout]
-        self._arrival = min((float(limit) for limit in limits if limit is not None), default=None)
+        self._death_timeout = setting("death_timeout")
         self._python = setting("python") or shlex.quote(sys.executable)
         self._folder = JobFolder(setting("shared_temp_directory"))
         self._log_directory: str | None = setting("log_directory")
@@ -132,8 +130,7 @@ class JobQueueBackend(RemoteBackend):
             "nanny": False,
             "worker_command": "distributed.cli.dask_worker",
             "worker_extra_args": ["--no-dashboard", *setting("worker_extra_args", [])],
-            # Without an end it would be Dask's own default.
-            "death_timeout": 10**8 if self._arrival is None else self._arrival,
+            **self._limit(),
         }
         for name in ("log_directory", "python"):  # a runner's own
             self._job_options.pop(name, None)
@@ -176,6 +173,18 @@ class JobQueueBackend(RemoteBackend):
             remedy = f"give what it asks for, or put it into Dask's configuration ({error})"
             raise PoolOptionsError(place, given, remedy, problem="is refused") from error
 
+    @property
+    def _arrival(self) -> float | None:
+        """Seconds within which a job has to be a runner, once it runs."""
+        # It has no need then of the time that it may wait in the queue.
+        limits = [self._death_timeout, self._pool_options.boot_timeout]
+        return min((float(limit) for limit in limits if limit is not None), default=None)
+
+    def _limit(self) -> dict[str, float]:
+        arrival = self._arrival
+        # Without an end it would be Dask's own default.
+        return {"death_timeout": 10**8 if arrival is None else arrival}
+
     def environment(self) -> dict[str, str]:
         """Return the environment variables that make a worker of Dask one of this pool's runners.
 
@@ -190,7 +199,7 @@ class JobQueueBackend(RemoteBackend):
         """Return what starts a runner."""
         return JobRunner, {
             "job_class": self._job_class,
-            "job_options": self._job_options,
+            "job_options": {**self._job_options, **self._limit()},
             "python": self._python,
             "log_directory": self._log_directory,
             "folder": self._folder,

@@ -150,6 +150,10 @@ class ProcessBackend(SpecBackend):
             self.cluster = internals.start_cluster(self._factory, **options)
         return self.cluster
 
+    def configured(self, options: PoolOptions) -> None:
+        """Tell runners to come of other options."""
+        self._boot_timeout = options.boot_timeout
+
     def worker(self) -> tuple[type, dict[str, Any]]:
         """Return the class of a worker and its options."""
         return RunnerProcess, {

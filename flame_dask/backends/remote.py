@@ -83,6 +83,10 @@ class RemoteBackend(SpecBackend):
         """Make the cluster, with these options of ``SpecCluster``."""
         return SpecCluster(**options)
 
+    def configured(self, options: PoolOptions) -> None:
+        """Tell runners to come of other options."""
+        self._pool_options = options
+
     def environment(self) -> dict[str, str]:
         """Return the environment variables that make a worker of Dask one of this pool's runners.
 

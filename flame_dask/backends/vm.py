@@ -94,10 +94,8 @@ class VMBackend(RemoteBackend):
             **(self._more.pop("worker_options", None) or {}),
             "nthreads": options.max_concurrency,
         }
-        self._environment = {
-            **{name: str(text) for name, text in (self._more.pop("env_vars", None) or {}).items()},
-            **self.environment(),
-        }
+        given_env = self._more.pop("env_vars", None) or {}
+        self._variables = {name: str(text) for name, text in given_env.items()}
         self._source: Any = None
         self._class: type = SpecCluster
         self._renewal: asyncio.Task[None] | None = None
@@ -218,7 +216,8 @@ class VMBackend(RemoteBackend):
 
     def _told(self, scheduler: str, runner: str) -> str:
         spec = {"cls": "distributed.Worker", "opts": {**self._worker_options, "name": runner}}
-        return program(self._environment, [scheduler, "--spec", json.dumps(spec)])
+        environment = {**self._variables, **self.environment()}
+        return program(environment, [scheduler, "--spec", json.dumps(spec)])
 
     async def watch(self, runner: str) -> Ending:
         """Wait until a machine whose runner is not connected has switched itself off."""

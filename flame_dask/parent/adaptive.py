@@ -73,6 +73,11 @@ class PoolAdaptive(Adaptive):
         """Return the runners that the core has ordered to stop."""
         return list(self._stops)
 
+    def bound(self, minimum: int, maximum: int) -> None:
+        """Take other bounds from now on (C8). The core keeps to them; here they are only shown."""
+        self.minimum = minimum
+        self.maximum = maximum
+
     def boot(self, runner: str) -> None:
         """Start a runner, and report if it fails or ends by itself."""
         self.booted += 1

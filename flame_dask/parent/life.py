@@ -19,14 +19,13 @@ from distributed.utils import SyncMethodMixin
 from flame_dask import dask_internals as internals
 from flame_dask.backends.resolve import resolve
 from flame_dask.backends.spec import SpecBackend
-from flame_dask.constants import GRACE_MARGIN
 from flame_dask.core.backoff import Backoff
-from flame_dask.core.events import PoolOptionsView
 from flame_dask.dask_internals import PoolClient
 from flame_dask.errors import BootError, FlameError, PoolClosed
 from flame_dask.options import PoolOptions
 from flame_dask.parent import registry
 from flame_dask.parent.adaptive import PoolAdaptive, log_tail
+from flame_dask.parent.changes import Changes, in_its_place, view_of
 from flame_dask.parent.desk import CallDesk
 from flame_dask.parent.hooks import HookThread, ScaleEvent
 from flame_dask.parent.port import CommPort, LocalPort, Port
@@ -52,10 +51,7 @@ class PoolLife(SyncMethodMixin):
     """
 
     def __init__(self, name: str, **options: Any) -> None:
-        self.options = PoolOptions.check(name, **options)
-        if here.parent() is not None:
-            # A pool in a runner: it may have been opened by a module that the parent imports too.
-            self.options = self.options.replace(min=0)  # A7
+        self.options = in_its_place(PoolOptions.check(name, **options))
         self.name = name
         self.cluster: Any = None
         self.client: Any = None
@@ -132,23 +128,9 @@ class PoolLife(SyncMethodMixin):
     async def _start(self) -> None:
         """Put the plugins in place, and wait until the pool is open; on the event loop."""
         options, settings = self.options, self._settings
-        view = PoolOptionsView(
-            min=options.min,
-            max=options.max,
-            max_concurrency=options.max_concurrency,
-            buffer=options.buffer,
-            placement=options.placement,
-            boot_timeout=options.boot_timeout,
-            shutdown_timeout=options.shutdown_timeout,
-            idle_shutdown_after=options.idle_shutdown_after,
-            min_idle_shutdown_after=options.min_idle_shutdown_after,
-            single_use=options.single_use,
-            idle_check=options.idle_check is not None,
-            grace=settings.grace + GRACE_MARGIN,
-        )
         host = FlameScheduler(
             self.name,
-            view,
+            view_of(options, settings.grace),
             settings.backoff,
             settings.inline_limit,
             own_thread=options.isolation == "process",
@@ -189,6 +171,7 @@ class PoolLife(SyncMethodMixin):
         )
         self._opened: asyncio.Future[None] = loop.create_future()
         self._closed = asyncio.Event()
+        self._changes = Changes(self.name, self._closed)
         self._news: dict[str, Callable[..., None]] = {
             "result": self._desk.result,
             "fetch": self._desk.fetch,
@@ -197,6 +180,7 @@ class PoolLife(SyncMethodMixin):
             "boot": lambda runner, **_: self._adaptive.boot(runner),
             "stop": lambda runner, force, **_: self._adaptive.halt(runner, force),
             "scaled": self._scaled,
+            "configured": self._changes.carried_out,
             "opened": self._open_done,
             "open-failed": self._open_done,
             "closed": self._closed.set,
@@ -331,6 +315,7 @@ class PoolLife(SyncMethodMixin):
         self._announce_end()
         self._port.post({"what": "close"})
         await self._closed.wait()
+        self._changes.give_up()
         await self._adaptive.idle()
         self._desk.close()
         scheduler = self._scheduler
@@ -340,6 +325,11 @@ class PoolLife(SyncMethodMixin):
         elif self._comes_bare and self._is_given and self.client.status == "running":
             await internals.uninstall_remote(self.client, self._host, self._runner)
         internals.forget_adaptive(self.cluster, self._adaptive)
+
+    def _reconfigured(self, options: PoolOptions) -> None:
+        """Tell the parts in this process of other options; on the event loop."""
+        self._adaptive.bound(options.min, options.max)
+        getattr(self._backend, "configured", lambda options: None)(options)
 
     def _over(self) -> None:
         self._state = "closed"
@@ -359,6 +349,7 @@ class PoolLife(SyncMethodMixin):
             # Nobody is left who could order it.
             self._adaptive.halt_all()
             self._closed.set()
+            self._changes.give_up()
 
     def close_at_exit(self) -> None:
         """Close the pool because the interpreter exits."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from flame_dask.errors import PoolClosed, RunnerLost
 from flame_dask.options import RESERVED, CallOptions
+from flame_dask.parent.changes import in_its_place, view_of
 from flame_dask.parent.executor import PoolExecutor
 from flame_dask.parent.function import PoolFunction
 from flame_dask.parent.futures import CallState, PoolFuture
@@ -331,6 +332,46 @@ class FlamePool(PoolLife):
             limit = None if options.queue_timeout is None else limit + options.queue_timeout
             limit = None if limit is None else limit * (1 + options.retries)
         return None if limit is None else limit + GRACE
+
+    # -- changing ------------------------------------------------------------------------------
+
+    def configure(self, **options: Any) -> Any:
+        """Change options while the pool runs (C8).
+
+        Everything is checked before anything changes. A runner above a lowered ``max`` takes no new
+        call, finishes those it has, and stops. Calls that wait keep the limits they came with.
+
+        Parameters
+        ----------
+        options
+            Any of ``min``, ``max``, ``buffer``, ``placement``, ``timeout``, ``queue_timeout``,
+            ``boot_timeout``, ``idle_shutdown_after`` and ``min_idle_shutdown_after``, as for
+            :class:`FlamePool`. ``idle_shutdown_after`` is a duration; a check stays as it is.
+
+        Returns
+        -------
+        None, when the pool goes by them; an awaitable if the pool is asynchronous.
+
+        Raises
+        ------
+        PoolOptionsError
+            An option can't be used, or can't be changed any more. Nothing has changed.
+        PoolClosed
+            The pool is closed.
+
+        Examples
+        --------
+        >>> pool.configure(max=20, buffer=1)  # doctest: +SKIP
+        """
+        if self._state != "open":
+            raise PoolClosed(self.name)
+        with self._changes.lock:
+            new = in_its_place(self.options.configure(**options))
+            order, answer = self._changes.order(view_of(new, self._settings.grace))
+            self.options = new
+            self._port.post(partial(self._reconfigured, new))
+            self._port.post(order)
+        return self.sync(asyncio.wrap_future, answer)
 
     # -- looking -------------------------------------------------------------------------------
 

@@ -206,8 +206,10 @@ class FlameScheduler(SchedulerPlugin):
         internals.hasten_client(self.scheduler, client)
         self._tell(ev.Open())
 
-    def _on_configure(self, client: str, options: tuple[Any, ...]) -> None:
-        self._tell(ev.Configure(PoolOptionsView(*options)))
+    def _on_configure(self, client: str, options: tuple[Any, ...], no: int) -> None:
+        self.options = PoolOptionsView(*options)
+        self._tell(ev.Configure(self.options))
+        self._send(client, {"what": "configured", "no": no})
 
     def _on_call(
         self,
