@@ -52,6 +52,14 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except Exception:  # a tuple has that of what is in it, and a foreign __hash__ raises anything
+        return False
+    return True
+
+
 _any = _needs("anything", lambda value: True)
 _bool = _needs("True or False", lambda value: isinstance(value, bool))
 _hook = _needs("a function, or None", lambda value: value is None or callable(value))
@@ -173,7 +181,10 @@ _CALL_CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
     "track_resources": _bool,
     "retries": _whole(0, " of at least 0"),
     "priority": _whole(-math.inf),
-    "affinity": _any,
+    "affinity": _needs(
+        "something that can be a key of a dict, such as a text, a number, or a tuple of these",
+        _is_hashable,
+    ),
 }
 
 RESERVED: Final[frozenset[str]] = frozenset(_CALL_CHECKS)
@@ -212,7 +223,6 @@ NOT_YET: Final[dict[str, NotYet]] = {
 
 CALL_NOT_YET: Final[dict[str, NotYet]] = {
     "track_resources": _OFF,
-    "affinity": _unless_none("leave it out"),
 }
 """The same for the keywords of a call."""
 

@@ -677,6 +677,7 @@ def test_b1_priority_and_what_is_as_the_default():
         *[("priority", value) for value in (1.5, "1", True, None, math.inf)],
         *[("retries", value) for value in (-1, 1.5, True, None)],
         *[("link", value) for value in (1, None)],
+        *[("affinity", value) for value in ([1], ("user", {}), np.zeros(2))],
         *[("track_resources", value) for value in (1, None)],
     ],
 )
@@ -694,12 +695,23 @@ def test_a2_an_unknown_keyword_of_a_call():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("track_resources", True), ("affinity", "key")],
+    [("track_resources", True)],
 )
 def test_a2_keywords_of_a_call_that_are_not_carried_out(option, value):
     with pytest.raises(PoolOptionsError, match="not supported by this version") as caught:
         CallOptions.check(check(), **{option: value})
     assert (caught.value.option, caught.value.value) == (option, value)
+
+
+def test_c7_whatever_can_be_a_key_of_a_dict_is_an_affinity():
+    for key in ("user", 5, ("user", 5), frozenset("ab"), object(), check):
+        assert CallOptions.check(check(), affinity=key).affinity is key
+    with pytest.raises(PoolOptionsError) as caught:
+        CallOptions.check(check(), affinity=["user", 5])
+    assert str(caught.value) == (
+        "affinity=['user', 5] is not valid: give something that can be a key of a dict, such as a "
+        "text, a number, or a tuple of these."
+    )
 
 
 @pytest.mark.usefixtures("everything_carried_out")

@@ -10,7 +10,8 @@ Reading order: :mod:`~flame_dask.core.events`, :mod:`~flame_dask.core.instructio
 :mod:`~flame_dask.core.books`; then what the pool is made of:
 :mod:`~flame_dask.core.calls`, :mod:`~flame_dask.core.boots` with
 :mod:`~flame_dask.core.backoff`, :mod:`~flame_dask.core.fleet` with
-:mod:`~flame_dask.core.policy`, :mod:`~flame_dask.core.leaving`, and under all of it
+:mod:`~flame_dask.core.policy` and :mod:`~flame_dask.core.affinity`,
+:mod:`~flame_dask.core.leaving`, and under all of it
 :mod:`~flame_dask.core.waiting`.
 :mod:`~flame_dask.core.invariants` says what is always true of it.
 """

@@ -37,6 +37,8 @@ class CallLives(PoolBooks):
         self._book.wait(call)
 
     def _start(self, now: float, call: Call, runner: Runner) -> None:
+        if call.affinity is not None:
+            runner = self._fleet.prefer(call.affinity, runner)
         self._book.start(now, call, runner)
         self._fleet.lease(runner, call.id)
         self.counters["started"] += 1

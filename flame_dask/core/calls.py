@@ -44,8 +44,9 @@ class CallBook:
         if known is not None:
             story = self._story.of(event.call)
             raise IllegalTransition(event.call, known.state, "submitted", story)
+        ident, limits, priority, retries, affinity = event
         boots = self._boots.seconds(now)
-        call = Call(event.call, event.limits, event.priority, event.retries, now, boots)
+        call = Call(ident, limits, priority, retries, affinity, now, boots)
         self.calls[call.id] = call
         self._story.begin(now, call.id, "submitted", call.state)
         return call

@@ -7,6 +7,7 @@ ended) is stale news and changes nothing; an event that contradicts what the cor
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 
@@ -72,6 +73,8 @@ class CallSubmitted(NamedTuple):
     priority: int = 0
     retries: int = 0
     """How often it may be started anew after its work was lost (F1)."""
+    affinity: Hashable | None = None
+    """It prefers the runner that got the last call with this key (C7)."""
 
 
 class CallKept(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
+from flame_dask.core.affinity import Affinities
 from flame_dask.core.events import PoolOptionsView
 from flame_dask.core.policy import DemandWindow, Placement
 from flame_dask.core.records import Kind, Runner
@@ -162,6 +163,7 @@ class Fleet:
     """
 
     __slots__ = (
+        "_affinities",
         "_alarm",
         "_asks",
         "_fall",
@@ -183,6 +185,7 @@ class Fleet:
         # How many runners there have to be, whatever the demand (C3).
         self.floor = options.min
         self._placement = Placement(options.placement, options.max_concurrency)
+        self._affinities = Affinities()
         self._group = MinGroup(options.min)
         self._idle = IdleClocks(alarm)
         self._window = DemandWindow(None)
@@ -229,6 +232,7 @@ class Fleet:
         self.leases -= len(runner.leases)
         self._fall = NEVER
         self._placement.remove(runner)
+        self._affinities.leave(runner)
         self._idle.stop(runner)
         self._group.leave(runner)
         self._fit()
@@ -257,6 +261,26 @@ class Fleet:
     def pick(self) -> Runner | None:
         """Return the runner that should get the next call, ``None`` when all are full."""
         return self._placement.pick()
+
+    def prefer(self, key: Hashable, runner: Runner) -> Runner:
+        """Return the runner that a call with this key gets in the place of another (C7).
+
+        It is the one that got the last call with the key, if that one has room and is no surplus.
+        So a key does not keep a runner that the pool can do without (C5, D1): it moves on to one
+        that stays.
+
+        Parameters
+        ----------
+        key
+            The key.
+        runner
+            The one that a call without a key would get.
+        """
+        last = self._affinities.last(key)
+        if last is not None and self._placement.favours(last):
+            runner = last
+        self._affinities.note(key, runner)
+        return runner
 
     def lease(self, runner: Runner, call: str) -> None:
         """Give a slot of a runner to a call."""

@@ -5,7 +5,7 @@ For tests: :func:`check` looks at everything, which costs O(n log n).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import get_args
 
 from flame_dask.core.pool import PoolState
@@ -33,7 +33,7 @@ def check(state: PoolState) -> None:
         problem
         for look in (
             *(_runners, _leaving, _calls, _counts, _policy),
-            *(_work, _growth, _idleness, _asking, _deadlines),
+            *(_affinity, _work, _growth, _idleness, _asking, _deadlines),
         )
         for problem in look(state)
     ]
@@ -161,6 +161,22 @@ def _policy(state: PoolState) -> Iterator[str]:
         oldest = min((runner.kind != "min", runner.no) for runner in surplus)
         if youngest > oldest:
             yield f"C5: runner {youngest} is favoured before {oldest}"
+
+
+def _affinity(state: PoolState) -> Iterator[str]:
+    """C7: only runners that can get calls are remembered, and not too many keys."""
+    affinities = state._fleet._affinities
+    if len(affinities) > affinities._limit:
+        yield f"C7: {len(affinities)} keys are remembered, at most {affinities._limit} may be"
+    known: dict[Runner, list[Hashable]] = {}
+    for key, runner in affinities:
+        known.setdefault(runner, []).append(key)
+        if runner.state != "ready":
+            yield f"C7: {runner.id} is {runner.state}, and {key!r} would prefer it"
+    if {runner: set(keys) for runner, keys in known.items()} != {
+        runner: set(keys) for runner, keys in affinities._keys.items()
+    }:
+        yield "C7: keys and their runners are not the same from both sides"
 
 
 def _work(state: PoolState) -> Iterator[str]:

@@ -118,6 +118,10 @@ class Placement:
         runner = self._load["favoured"].first()
         return self._load["surplus"].first() if runner is None else runner
 
+    def favours(self, runner: Runner) -> bool:
+        """Say whether a runner is favoured and has room: it can get the next call, too."""
+        return runner in self._load["favoured"]
+
     def _join(self, runner: Runner, group: Group) -> None:
         runner.group = group
         age = _age(runner)

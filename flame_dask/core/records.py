@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -81,6 +82,7 @@ class Call:
     """One call, from the moment somebody wants it to the end of its work."""
 
     __slots__ = (
+        "affinity",
         "booted",
         "clock",
         "id",
@@ -103,6 +105,7 @@ class Call:
         limits: Limits,
         priority: int,
         retries: int,
+        affinity: Hashable | None,
         now: float,
         clock: float,
     ) -> None:
@@ -110,6 +113,7 @@ class Call:
         self.limits = limits
         self.priority = priority
         self.retries = retries
+        self.affinity = affinity
         self.state: CallState = "waiting"
         self.submitted = now
         # Since when it waits, or waited before its latest start, and the pool's boot clock then.

@@ -6,14 +6,17 @@ import asyncio
 import inspect
 import itertools
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Hashable
 from functools import partial
 from typing import Any
 
 from dask.utils import funcname
 
+from flame_dask.core.affinity import KEYS
 from flame_dask.dask_internals import PoolClient, open_error
 from flame_dask.errors import CallTimeout, FlameError, PoolClosed, RunnerLost
 from flame_dask.options import CallOptions
@@ -49,6 +52,7 @@ class CallDesk:
         self._open: dict[str, CallState] = {}
         self._base = uuid.uuid4().hex[:12]
         self._count = itertools.count()
+        self._keys = _Keys(self._base)
         self._tasks: set[asyncio.Task[None]] = set()
         client.flame_release = self._released
 
@@ -105,6 +109,8 @@ class CallDesk:
             "link": options.link,
             "retries": options.retries,
         }
+        if options.affinity is not None:
+            message["affinity"] = self._keys.text_of(options.affinity)
         if found:
             self.port.post(partial(self._await_inputs, message, state, list(found.values())))
         else:
@@ -254,6 +260,37 @@ class CallDesk:
         if state is not None and not done and state.link:
             self.port.post({"what": "release", "keys": [key]})
             state.cancel("the end of its last future")
+
+
+class _Keys:
+    """Texts for the keys of ``affinity``, which may be objects that can't travel (C7).
+
+    Equal keys have one text, as a dict has one entry for them. They are told apart by what they
+    are equal to, not by how they are pickled or shown: that may differ where they don't.
+
+    Parameters
+    ----------
+    prefix
+        How the texts begin, so that those of two parents differ.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._texts: OrderedDict[Hashable, str] = OrderedDict()
+        self._count = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def text_of(self, key: Hashable) -> str:
+        """Return the text of a key. The pool remembers no more of them than this does."""
+        with self._lock:
+            text = self._texts.get(key)
+            if text is None:
+                text = f"{self._prefix}-{next(self._count):x}"
+            self._texts[key] = text
+            self._texts.move_to_end(key)
+            if len(self._texts) > KEYS:
+                self._texts.popitem(last=False)
+        return text
 
 
 NOTHING = pack_value(None)

@@ -96,7 +96,11 @@ class FlamePool(PoolLife):
             Its arguments; futures of this pool among them are replaced by their values. Reserved
             keywords: ``timeout`` (seconds, for waiting and running together), ``queue_timeout``,
             ``priority`` (higher is earlier), ``link`` (whether it ends with its caller; default:
-            True), ``retries`` (how often it may start anew when its runner is lost; default: 0).
+            True), ``retries`` (how often it may start anew when its runner is lost; default: 0),
+            ``affinity`` (a key: the call prefers the runner that got the last call with an equal
+            one, for what that has in memory). Whatever can be a key of a dict can be one here, and
+            keys are equal as they are there. It is no more than a preference: no call waits for its
+            runner while another has a slot, and a runner that the pool can do without goes.
 
         Returns
         -------

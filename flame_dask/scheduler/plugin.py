@@ -223,12 +223,13 @@ class FlameScheduler(SchedulerPlugin):
         link: bool,
         retries: int,
         inputs: dict[str, Payload] | None = None,
+        affinity: str | None = None,
     ) -> None:
         call = HostCall(key, client, payload, inputs, keep, asynchronous, link, retries)
         _, run, total = limits
         call.limit = run if total is None else total
         self.calls[key] = call
-        self._tell(ev.CallSubmitted(key, Limits(*limits), priority, retries))
+        self._tell(ev.CallSubmitted(key, Limits(*limits), priority, retries, affinity))
 
     def _on_release(self, client: str, keys: list[str]) -> None:
         for key in keys:

@@ -102,20 +102,32 @@ class PoolMachine(RuleBasedStateMachine):
         limits=_limits,
         priority=st.integers(-1, 1),
         retries=st.sampled_from([0, 0, 1, 2]),
+        affinity=st.sampled_from([None, None, "a", "b"]),
         n=st.integers(1, 4),
     )
-    def submit(self, limits: Limits, priority: int, retries: int, n: int) -> None:
+    def submit(
+        self, limits: Limits, priority: int, retries: int, affinity: str | None, n: int
+    ) -> None:
         """Make some calls at once."""
         for _ in range(n):
             call = f"c{len(self.pool.calls) + 1}"
-            self.pool.tell(ev.CallSubmitted(call, limits, priority, retries))
+            self.pool.tell(ev.CallSubmitted(call, limits, priority, retries, affinity))
 
     @rule(n=st.integers(1, 6), retries=st.sampled_from([0, 1]), limits=_limits)
     def be_busy(self, n: int, retries: int, limits: Limits) -> None:
         """Make some calls, and let all boots be through, so that there is work to be lost."""
         limits = limits._replace(run=None, total=None)
-        self.submit(limits=limits, priority=0, retries=retries, n=n)
+        self.submit(limits=limits, priority=0, retries=retries, affinity=None, n=n)
         self.ready(n=6)
+
+    @_has("ready")
+    @rule(keys=st.sampled_from(["ab", "ba", "abc"]))
+    def come_back(self, keys: str) -> None:
+        """Let calls with keys come and go, and come again in another order."""
+        for order in (keys, keys[::-1]):
+            for key in order:
+                self.submit(limits=Limits(), priority=0, retries=0, affinity=key, n=1)
+            self._end_all_work()
 
     @_has_call(*_WORKING)
     @rule()

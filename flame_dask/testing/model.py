@@ -7,6 +7,7 @@ booted and not stopped, who waits, who runs where, and who has been answered.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Hashable
 
 from flame_dask.core import events as ev
 from flame_dask.core import instructions as do
@@ -35,12 +36,20 @@ class RunnerModel:
 class CallModel:
     """What a host knows of a call."""
 
-    def __init__(self, at: float, limits: Limits, priority: int, retries: int) -> None:
+    def __init__(
+        self,
+        at: float,
+        limits: Limits,
+        priority: int,
+        retries: int,
+        affinity: Hashable | None = None,
+    ) -> None:
         self.no = 0
         self.at = at
         self.limits = limits
         self.priority = priority
         self.retries = retries
+        self.affinity = affinity
         self.waits_since = at
         self.starts_left = 1
         self.started_at: float | None = None
@@ -72,6 +81,7 @@ class PoolModel:
     * a runner that single use, a stuck call or somebody else has struck off gets no call, and goes
       when it has to and not earlier (D5, E3, E5);
     * no runner goes for idleness unless it was asked and has agreed, where there is a check (D2);
+    * a call with a key gets the runner of the last one, if that has room and is no surplus (C7);
     * it is first come, first served within a priority (C4);
     * a call that is kept is never out of time, and not started anew (H1, I1);
     * seconds queued, booting and running add up, and nobody is told before the time is up (E2);
@@ -106,6 +116,9 @@ class PoolModel:
         self.old_asks: list[tuple[str, int]] = []
         self._asks = 0
         self._arrivals = 0
+        # The runner that got the last call of each key.
+        self._last: dict[Hashable, str] = {}
+        self._steady = False
         # What the present event has made happen.
         self._dying = self._agreed = self._lost_call = self._cause = ""
         self._struck: set[str] = set()
@@ -185,8 +198,8 @@ class PoolModel:
                 self.opening = not self.core.closing
             case ev.Close():
                 self.opening = False
-            case ev.CallSubmitted(call, limits, priority, retries):
-                self.calls[call] = CallModel(self.now, limits, priority, retries)
+            case ev.CallSubmitted(call, limits, priority, retries, affinity):
+                self.calls[call] = CallModel(self.now, limits, priority, retries, affinity)
                 self._waits(call)
             case ev.CallKept(call):
                 self.calls[call].state = "kept"
@@ -323,6 +336,9 @@ class PoolModel:
 
     def _take(self, event: Event, instructions: list[Instruction]) -> None:
         self.log.append(f"{self.now:g} {event}")
+        # Groups can be told by what they are afterwards only if nothing else has changed them.
+        kinds = [type(instruction) for instruction in instructions]
+        self._steady = kinds.count(do.Start) == 1 and do.Drain not in kinds and do.Stop not in kinds
         for instruction in instructions:
             self.log.append(f"    {instruction}")
             self._carry_out(instruction)
@@ -408,12 +424,24 @@ class PoolModel:
         due, total = call.due(), call.limits.total
         at_once = self.now == (call.waits_since if total is None else call.at)
         assert due is None or self.now < due or at_once, "C4"
+        if call.affinity is not None:
+            self._check_affinity(call.affinity, on)
+            self._last[call.affinity] = on
         call.starts_left -= 1
         call.started_at = self.now
         call.runner = on
         call.state = "running"
         runner.leases.append(ident)
         self._ask_over(on)
+
+    def _check_affinity(self, key: Hashable, on: str) -> None:
+        last = self._last.get(key)
+        if last in (None, on) or not self._steady:
+            return
+        runner = self.runners[str(last)]
+        if runner.state == "ready" and len(runner.leases) < self.core.options.max_concurrency:
+            surplus = self.core.runners[str(last)].group == "surplus"
+            assert surplus, f"C7: a call with {key} is on {on}, the last one was on {last}"
 
     def _requeue(self, ident: str) -> None:
         call = self.calls[ident]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
 from flame_dask.core import events as ev
@@ -150,6 +150,7 @@ class Script(Simulator):
         run: float | None = None,
         total: float | None = None,
         retries: int = 0,
+        affinity: Hashable | None = None,
     ) -> str:
         """Make a call.
 
@@ -163,13 +164,16 @@ class Script(Simulator):
             Its limits in seconds: see :class:`~flame_dask.core.events.Limits`.
         retries
             How often it may be started anew after its work was lost.
+        affinity
+            It prefers the runner that got the last call with this key.
 
         Returns
         -------
         str
             Its id: ``call-1`` is the first.
         """
-        return self.arrive(Arrival(self.now, work, Limits(queue, run, total), priority, retries))
+        limits = Limits(queue, run, total)
+        return self.arrive(Arrival(self.now, work, limits, priority, retries, affinity))
 
     def keep(self, call: str) -> Script:
         """Let the work of a call begin something that lives on."""

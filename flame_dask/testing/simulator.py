@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from flame_dask.core import events as ev
@@ -62,6 +62,7 @@ class Arrival(NamedTuple):
     limits: Limits = Limits()
     priority: int = 0
     retries: int = 0
+    affinity: Hashable | None = None
 
 
 class Simulator:
@@ -176,8 +177,8 @@ class Simulator:
             self._work[call] = arrival.work
             if arrival.retries:
                 self._again[call] = arrival.work
-        _, _, limits, priority, retries = arrival
-        self.tell(ev.CallSubmitted(call, limits, priority, retries))
+        _, _, limits, priority, retries, affinity = arrival
+        self.tell(ev.CallSubmitted(call, limits, priority, retries, affinity))
         return call
 
     def run(
