@@ -12,18 +12,22 @@ from flame_dask.errors import (
     BootError,
     CallCancelled,
     CallTimeout,
+    Crash,
     FlameError,
     PoolClosed,
     PoolNotFound,
     PoolOptionsError,
     RunnerLost,
     SerializationError,
+    SupervisorFailed,
 )
 from flame_dask.parent.futures import PoolFuture
 from flame_dask.parent.hooks import ScaleEvent
 from flame_dask.parent.pool import FlamePool
 from flame_dask.parent.registry import call, cast, get_pool
+from flame_dask.parent.spec import PoolSpec
 from flame_dask.parent.status import PoolEvent, PoolStatus, RunnerStatus
+from flame_dask.parent.supervisor import Supervisor
 from flame_dask.runner.here import Parent
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ __all__ = [
     "BootError",
     "CallCancelled",
     "CallTimeout",
+    "Crash",
     "FlameError",
     "FlamePool",
     "Parent",
@@ -46,11 +51,14 @@ __all__ = [
     "PoolFuture",
     "PoolNotFound",
     "PoolOptionsError",
+    "PoolSpec",
     "PoolStatus",
     "RunnerLost",
     "RunnerStatus",
     "ScaleEvent",
     "SerializationError",
+    "Supervisor",
+    "SupervisorFailed",
     "call",
     "cast",
     "get_pool",

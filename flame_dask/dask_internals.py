@@ -6,6 +6,7 @@ of distributed moves the ground. Written against distributed 2026.8.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections import deque
@@ -539,6 +540,24 @@ def use_loop(cluster: Any) -> None:
 def leave_loop(cluster: Any) -> None:
     """End the event loop of a cluster that is closed, unless others use it; in any thread."""
     cluster._loop_runner.stop()
+
+
+@contextlib.contextmanager
+def loop_held(loop: Any) -> Iterator[None]:
+    """Keep an event loop running though all others that use it let go of it meanwhile.
+
+    Whoever closes the last client or cluster on a loop of Dask's ends it, and cuts off what others
+    are waiting for there.
+    """
+    runner = None
+    with contextlib.suppress(RuntimeError, AssertionError):  # it has ended already
+        runner = LoopRunner(loop)
+        runner.start()
+    try:
+        yield
+    finally:
+        if runner is not None:
+            runner.stop()
 
 
 async def start_member(

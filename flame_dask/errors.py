@@ -11,7 +11,8 @@
         ├── SerializationError     something can't be pickled                  (also a TypeError)
         ├── CallTimeout            a deadline of a call passed                 (also a TimeoutError)
         ├── CallCancelled          a call was cancelled     (also concurrent.futures.CancelledError)
-        └── RunnerLost             the runner died under the call              (also a RuntimeError)
+        ├── RunnerLost             the runner died under the call              (also a RuntimeError)
+        └── SupervisorFailed       a supervisor's pools crashed too often      (also a RuntimeError)
 
 Three promises hold for each of them:
 
@@ -31,18 +32,21 @@ import re
 import reprlib
 import signal as signals
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from datetime import datetime
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 __all__ = [
     "BootError",
     "CallCancelled",
     "CallTimeout",
+    "Crash",
     "FlameError",
     "PoolClosed",
     "PoolNotFound",
     "PoolOptionsError",
     "RunnerLost",
     "SerializationError",
+    "SupervisorFailed",
     "redact",
 ]
 
@@ -200,6 +204,8 @@ class PoolNotFound(FlameError, LookupError):
         The name that was looked up.
     known
         The names of the pools that are open.
+    restarting
+        Whether a supervisor is restarting the pool (rule K1), so that it will soon be there.
 
     Examples
     --------
@@ -208,9 +214,16 @@ class PoolNotFound(FlameError, LookupError):
     with FlamePool('wbe', max=...).
     """
 
-    def __init__(self, name: str, known: Iterable[str] = ()) -> None:
+    def __init__(self, name: str, known: Iterable[str] = (), *, restarting: bool = False) -> None:
         self.name = name
         self.known = tuple(sorted(known))
+        self.restarting = restarting
+        if restarting:
+            super().__init__(
+                f"Pool {name!r} has died, and its supervisor is restarting it: "
+                "try again when it is up."
+            )
+            return
         some = ", ".join(map(repr, self.known[:20])) + (", ..." if len(self.known) > 20 else "")
         choice = f"use one of {some}, or open it" if some else "no pool is open here, so open it"
         super().__init__(
@@ -435,6 +448,80 @@ class RunnerLost(FlameError, RuntimeError):
         super().__init__(f"{_call(call)} lost {which}, which {story}{known}: {remedy}.")
 
 
+class Crash(NamedTuple):
+    """The death of a supervised pool, or a restart of it that failed (rule K1).
+
+    Parameters
+    ----------
+    pool
+        The name of the pool.
+    time
+        When it was noticed.
+    cause
+        The exception that a restart failed with, or a text that says what the pool died of. Where
+        an exception can't be pickled, its text travels.
+
+    Examples
+    --------
+    >>> from datetime import timezone
+    >>> at = datetime(2027, 1, 31, 12, 30, tzinfo=timezone.utc)
+    >>> print(Crash("web", at, "its cluster was closed"))
+    pool 'web' at 2027-01-31 12:30:00 UTC: its cluster was closed
+    """
+
+    pool: str
+    time: datetime
+    cause: BaseException | str
+
+    def __str__(self) -> str:
+        cause = _text(self.cause).rstrip(". ")
+        return f"pool {self.pool!r} at {self.time:%Y-%m-%d %H:%M:%S %Z}".rstrip() + f": {cause}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception of somebody else may pickle badly or not at all, see FlameError.
+        return _crash, (self.pool, self.time, _pack(self.cause))
+
+    def __copy__(self) -> Crash:
+        return Crash(self.pool, self.time, self.cause)
+
+
+class SupervisorFailed(FlameError, RuntimeError):
+    """The pools of a supervisor crashed too often, so it has stopped them all (rule K1).
+
+    Parameters
+    ----------
+    causes
+        The crashes that were one too many, oldest first.
+    max_restarts
+        How many restarts the supervisor was allowed,
+    max_seconds
+        within so many seconds; ``None`` is in all.
+
+    Examples
+    --------
+    >>> from datetime import timezone
+    >>> at = datetime(2027, 1, 31, 12, 30, tzinfo=timezone.utc)
+    >>> print(SupervisorFailed([Crash("web", at, "its cluster was closed")], 0, 5.0))
+    ... # doctest: +NORMALIZE_WHITESPACE
+    The supervisor gave up and has stopped its pools, because it may restart them 0 times within 5 s
+    and they crashed once: (1) pool 'web' at 2027-01-31 12:30:00 UTC: its cluster was closed.
+    """
+
+    def __init__(
+        self, causes: Iterable[Crash], max_restarts: int, max_seconds: float | None
+    ) -> None:
+        self.causes = tuple(causes)
+        self.max_restarts = max_restarts
+        self.max_seconds = max_seconds
+        within = "in all" if max_seconds is None else f"within {_seconds(max_seconds)}"
+        each = "; ".join(f"({n}) {crash}" for n, crash in enumerate(self.causes, 1))
+        super().__init__(
+            "The supervisor gave up and has stopped its pools, because it may restart them "
+            f"{_times(max_restarts)} {within} and they crashed {_times(len(self.causes))}: "
+            f"{_sentence(each)}"
+        )
+
+
 # Other words than these are taken too: an error that can't be made leaves a caller waiting (F3).
 _LONGER: Final[Mapping[str, str]] = {
     "queued": "give it a longer timeout or queue_timeout, or the pool a larger max",
@@ -462,6 +549,12 @@ def _rebuild(
     for name, packed in foreign.items():
         setattr(error, name, _unpack(*packed))
     return error
+
+
+def _crash(pool: str, time: datetime, packed: tuple[bytes | None, str]) -> Crash:
+    """Make a crash again from what ``Crash.__reduce__`` took apart."""
+    cause: Any = _unpack(*packed)
+    return Crash(pool, time, cause)
 
 
 def _pack(value: object) -> tuple[bytes | None, str]:
@@ -536,6 +629,10 @@ def _call(call: str | None) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{round(seconds, 3):g} s"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _signal_name(number: int) -> str:

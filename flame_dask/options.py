@@ -29,7 +29,16 @@ from distributed.security import Security
 
 from flame_dask.errors import HIDDEN, PoolOptionsError, shown
 
-__all__ = ["CALL_NOT_YET", "NOT_YET", "RESERVED", "CallOptions", "NotYet", "PoolOptions"]
+__all__ = [
+    "CALL_NOT_YET",
+    "NOT_YET",
+    "RESERVED",
+    "CallOptions",
+    "NotYet",
+    "PoolOptions",
+    "SupervisorOptions",
+    "duration",
+]
 
 
 # -- Checks: each takes a value and returns it in its normal form, or raises _Refused -------------
@@ -185,6 +194,13 @@ _CALL_CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
         "something that can be a key of a dict, such as a text, a number, or a tuple of these",
         _is_hashable,
     ),
+}
+
+_SUPERVISOR_CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
+    "max_restarts": _whole(0, " of at least 0"),
+    "max_seconds": _duration,
+    "on_failure": _hook,
+    "asynchronous": _bool,
 }
 
 RESERVED: Final[frozenset[str]] = frozenset(_CALL_CHECKS)
@@ -545,6 +561,66 @@ class PoolOptions:
             if (value := getattr(self, option)) is not None
         )
         return f"{type(self).__name__}({options})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorOptions:
+    """The options of a supervisor, checked (K1). Made by ``check`` only.
+
+    Parameters
+    ----------
+    max_restarts
+        The most restarts within ``max_seconds``, of all its pools together.
+    max_seconds
+        Seconds; ``None`` is no limit: all restarts count.
+    on_failure, asynchronous
+        As they were given.
+    """
+
+    max_restarts: int
+    max_seconds: float | None
+    on_failure: Callable[..., object] | None
+    asynchronous: bool
+
+    @classmethod
+    def check(cls, **given: object) -> SupervisorOptions:
+        """Check the options of a supervisor; all of them have to be given.
+
+        Raises
+        ------
+        PoolOptionsError
+            One of them can't be used.
+
+        Examples
+        --------
+        >>> SupervisorOptions.check(
+        ...     max_restarts=3, max_seconds="1m", on_failure=None, asynchronous=False
+        ... ).max_seconds
+        60.0
+        """
+        return cls(
+            **{
+                name: _checked(check, name, given[name])
+                for name, check in _SUPERVISOR_CHECKS.items()
+            }
+        )
+
+
+def duration(option: str, value: object) -> float | None:
+    """Read a duration that is not an option of a pool or a call.
+
+    Raises
+    ------
+    PoolOptionsError
+        It can't be read; ``option`` says there what it is.
+
+    Examples
+    --------
+    >>> duration("timeout", "2m")
+    120.0
+    """
+    seconds: float | None = _checked(_duration, option, value)
+    return seconds
 
 
 # -- Refusing -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from dask._task_spec import Task
-from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, Worker
 from distributed.batched import BatchedSend
 from distributed.client import Future, FutureState
 from distributed.core import rpc
@@ -183,3 +183,17 @@ def test_a_worker_gives_its_place_to_a_plugin_from_text() -> None:
     source = inspect.getsource(Worker.plugin_add)
     assert source.index("self.plugins[name] = plugin") < source.index("plugin.setup(worker=self)")
     assert "isawaitable(result)" in source
+
+
+def test_a_loop_can_be_held() -> None:
+    """K1: it goes on, though the cluster on it is closed, until it is let go."""
+    cluster = internals.start_cluster(
+        LocalCluster, n_workers=0, scheduler_kwargs={"dashboard": False}, dashboard_address=":0"
+    )
+    loop = cluster.loop.asyncio_loop
+    with internals.loop_held(cluster.loop):
+        cluster.close()
+        assert loop.is_running()
+    assert loop.is_closed()
+    with internals.loop_held(cluster.loop):
+        pass

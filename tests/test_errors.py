@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import copy
+import datetime
 import doctest
 import pickle
 import subprocess
@@ -22,16 +23,20 @@ from flame_dask.errors import (
     BootError,
     CallCancelled,
     CallTimeout,
+    Crash,
     FlameError,
     PoolClosed,
     PoolNotFound,
     PoolOptionsError,
     RunnerLost,
     SerializationError,
+    SupervisorFailed,
     redact,
 )
 
 BOOT = BootError("connect", OSError(113, "No route"), log_tail=["a", "b"], attempts=3)
+
+AT = datetime.datetime(2027, 1, 31, 12, 30, tzinfo=datetime.UTC)
 
 # One of each, with every argument away from its default, and the attributes it must keep.
 EXAMPLES = [
@@ -58,6 +63,11 @@ EXAMPLES = [
     (
         RunnerLost("oom", exit_code=137, signal=9, runner="r-1", call="c-1"),
         {"cause": "oom", "exit_code": 137, "signal": 9, "runner": "r-1", "call": "c-1"},
+    ),
+    (
+        SupervisorFailed([Crash("web", AT, "a"), Crash("gpu", AT, "b.")], 1, 5.0),
+        {"causes": (Crash("web", AT, "a"), Crash("gpu", AT, "b."))}
+        | {"max_restarts": 1, "max_seconds": 5.0},
     ),
 ]
 IDS = [type(error).__name__ for error, _ in EXAMPLES]
@@ -103,6 +113,7 @@ def test_examples_are_the_whole_tree():
         (CallTimeout, concurrent.futures.TimeoutError),
         (CallCancelled, concurrent.futures.CancelledError),
         (RunnerLost, RuntimeError),
+        (SupervisorFailed, RuntimeError),
     ],
 )
 def test_each_is_a_flame_error_and_a_builtin_one(cls, base):
@@ -135,6 +146,8 @@ def test_every_error_travels_with_only_what_it_needs():
         RunnerLost("exited"),
         SerializationError("the result"),
         PoolNotFound("web"),
+        PoolNotFound("web", restarting=True),
+        SupervisorFailed([], 0, None),
         FlameError(),
     ):
         back = pickle.loads(pickle.dumps(error))
@@ -274,6 +287,32 @@ def test_pool_not_found_names_the_pools_there_are():
     assert "'gpu', 'web'" in str(PoolNotFound("wbe", iter(["web", "gpu"])))
     assert "no pool is open" in str(PoolNotFound("wbe"))
     assert len(str(PoolNotFound("x", map(str, range(10_000))))) < 500
+
+
+def test_pool_not_found_says_that_it_comes_back():
+    error = PoolNotFound("web", ["gpu"], restarting=True)
+    assert error.restarting
+    assert not PoolNotFound("web").restarting
+    assert str(error).endswith("restarting it: try again when it is up.")
+
+
+def test_supervisor_failed_tells_each_cause():
+    error = SupervisorFailed([Crash("web", AT, BOOT), Crash("gpu", AT, "it is gone")], 1, None)
+    assert "1 times" not in str(error)
+    assert "restart them once in all and they crashed 2 times" in str(error)
+    assert f"(1) pool 'web' at 2027-01-31 12:30:00 UTC: BootError: {str(BOOT)[:-1]}; " in str(error)
+    assert str(error).endswith("(2) pool 'gpu' at 2027-01-31 12:30:00 UTC: it is gone.")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_causes_of_a_crash_travel(way):
+    crash = Crash("web", AT, BOOT)
+    [back] = WAYS[way](SupervisorFailed([crash], 0, 5.0)).causes
+    assert (back.pool, back.time, str(back)) == (crash.pool, crash.time, str(crash))
+    assert comparable(back.cause) == comparable(BOOT)
+    [back] = WAYS[way](SupervisorFailed([Crash("web", AT, HoldsLock())], 0, 5.0)).causes
+    assert "HoldsLock" in str(back)
+    assert copy.copy(crash).cause is crash.cause
 
 
 @pytest.mark.parametrize("error", [error for error, _ in EXAMPLES[1:]], ids=IDS[1:])

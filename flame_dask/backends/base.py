@@ -29,6 +29,8 @@ class Backend(Protocol):
 
     Some attributes are optional:
 
+    - ``kind``: what the cluster's class is called in what runners are told of their parent (A7);
+      the class's own name if there is none.
     - ``patience``: the seconds that ``watch`` and ``stop`` may take to tell of an end that the
       scheduler has seen already; 1 if there is none.
     - ``bare``: whether workers come without what makes runners of them

@@ -108,6 +108,7 @@ class ProcessBackend(SpecBackend):
                     problem="is the pool's to set",
                 )
         check_place(options, factory)
+        self.kind: str = factory.__name__
         rest = dict(given)
         if options.host is not None:
             rest["host"] = options.host

@@ -40,6 +40,8 @@ class RemoteBackend(SpecBackend):
 
     Attributes
     ----------
+    kind
+        The name of the cluster class.
     security
         Of all connections; ``None`` on loopback.
     """
@@ -49,7 +51,7 @@ class RemoteBackend(SpecBackend):
     ) -> None:
         super().__init__()
         self._pool_options = options
-        self._kind = kind
+        self.kind = kind
         host = options.host or scheduler.get("host") or ("127.0.0.1" if local else None)
         self.security = secure.security_of(options, host if host or local else "")
         self._scheduler = {
@@ -70,7 +72,7 @@ class RemoteBackend(SpecBackend):
             "scheduler": {"cls": ParentScheduler, "options": self._scheduler},
             "worker": {"cls": self.worker()[0], "options": {}},
             "security": self.security,
-            "name": self._kind,
+            "name": self.kind,
             "silence_logs": logging.WARNING,
         }
         if asynchronous:

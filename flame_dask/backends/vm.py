@@ -148,7 +148,7 @@ class VMBackend(RemoteBackend):
             "pool %s: on %s %s in part only: the cloud does not say what a machine died of%s (see "
             "docs/backends/vm.md)",
             self._pool_options.name,
-            self._kind,
+            self.kind,
             rules,
             rest,
         )

@@ -254,6 +254,31 @@ class PoolFuture(Future[T], Generic[T]):
         value: T = self.call.load()
         return value
 
+    def exception(self, timeout: float | None = None, **kwargs: Any) -> Any:
+        """Wait for the end of the call, and return what it raised.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait; ``None`` is for as long as the call may take.
+        kwargs
+            As for :meth:`distributed.Future.exception`.
+
+        Returns
+        -------
+        BaseException or None
+            Or an awaitable of it, if the pool is asynchronous.
+
+        Raises
+        ------
+        TimeoutError
+            If the call is not over in time.
+        """
+        if self.call.done() and not self.client.asynchronous:
+            # As with result: the pool may be closed by now, and the event loop with it.
+            return self.call.exception if self.status == "error" else None
+        return super().exception(timeout, **kwargs)
+
     async def _result(self, raiseit: bool = True) -> Any:
         await self.call.wait()
         if self.status == "finished":

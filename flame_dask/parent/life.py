@@ -51,8 +51,14 @@ class PoolLife(SyncMethodMixin):
     """
 
     def __init__(self, name: str, **options: Any) -> None:
-        self.options = in_its_place(PoolOptions.check(name, **options))
-        self.name = name
+        self._prepare(PoolOptions.check(name, **options))
+        if not self._asynchronous:
+            self._open_sync()
+
+    def _prepare(self, options: PoolOptions) -> None:
+        """Get ready to open: take the name."""
+        self.options = in_its_place(options)
+        name = self.name = options.name
         self.cluster: Any = None
         self.client: Any = None
         self._backend = resolve(self.options)
@@ -66,9 +72,9 @@ class PoolLife(SyncMethodMixin):
         self._hooks = HookThread(name)
         self._settlers = HookThread(f"{name}-executors")
         self._cast_errors = 0
+        self._died = False
+        self._on_death: Callable[[], None] = lambda: None
         registry.register(self)
-        if not self._asynchronous:
-            self._open_sync()
 
     @property
     def loop(self) -> Any:
@@ -145,7 +151,9 @@ class PoolLife(SyncMethodMixin):
             grace=settings.grace,
             shutdown_timeout=options.shutdown_timeout,
             idle_check=options.idle_check,
-            parent=here.describe(self.name, type(self.cluster).__name__),
+            parent=here.describe(
+                self.name, getattr(self._backend, "kind", type(self.cluster).__name__)
+            ),
         )
         self._host, self._runner = host, runner
         loop = asyncio.get_running_loop()
@@ -281,6 +289,9 @@ class PoolLife(SyncMethodMixin):
         self._state = "closing"
         with contextlib.ExitStack() as parts:  # each is closed, whatever becomes of the others
             parts.callback(self._over)
+            if self._loop is not None:
+                # Somebody may be closing the cluster just now.
+                parts.enter_context(internals.loop_held(self._loop))
             parts.callback(self._hooks.close, GRACE)
             parts.callback(self._settlers.close, GRACE)
             if self.cluster is not None:
@@ -350,6 +361,15 @@ class PoolLife(SyncMethodMixin):
             self._adaptive.halt_all()
             self._closed.set()
             self._changes.give_up()
+            if self._state == "open":  # not if it is closing anyway
+                self._died = True
+                self._on_death()
+
+    def _watch(self, died: Callable[[], None]) -> None:
+        """Have a function called when the pool dies by itself (K1): on any thread, maybe twice."""
+        self._on_death = died
+        if self._died:
+            died()
 
     def close_at_exit(self) -> None:
         """Close the pool because the interpreter exits."""

@@ -16,6 +16,7 @@ from flame_dask.parent.function import PoolFunction
 from flame_dask.parent.futures import CallState, PoolFuture
 from flame_dask.parent.life import GRACE, PoolLife
 from flame_dask.parent.mapping import map_async, map_sync
+from flame_dask.parent.spec import PoolSpec
 from flame_dask.parent.status import PoolEvent, PoolStatus
 
 logger = logging.getLogger("flame_dask")
@@ -81,6 +82,31 @@ class FlamePool(PoolLife):
     ...     pool.call(pow, 2, 10)
     1024
     """
+
+    @classmethod
+    def child_spec(cls, name: str, **options: Any) -> PoolSpec:
+        """Describe a pool for a :class:`Supervisor`, without starting it (K1).
+
+        Parameters
+        ----------
+        name, options
+            As for :class:`FlamePool`. They are checked at once, all but whether the name is free.
+
+        Returns
+        -------
+        PoolSpec
+
+        Raises
+        ------
+        PoolOptionsError
+            An option can't be used.
+
+        Examples
+        --------
+        >>> FlamePool.child_spec("web", min=1, max=4)
+        <PoolSpec 'web': FlamePool, 1..4 runners>
+        """
+        return PoolSpec.check(cls, name, options)
 
     # -- calling -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _pools: dict[str, Any] = {}
+_restarting: set[str] = set()
 
 
 def register(pool: PoolLife) -> None:
@@ -41,6 +42,17 @@ def unregister(pool: PoolLife) -> None:
             del _pools[pool.name]
 
 
+def set_restarting(name: str, restarting: bool) -> None:
+    """Say whether a supervisor is restarting the pool of this name: it can't be found meanwhile."""
+    with _lock:
+        (_restarting.add if restarting else _restarting.discard)(name)
+
+
+def is_restarting(name: str) -> bool:
+    """Say whether a supervisor is restarting the pool of this name."""
+    return name in _restarting
+
+
 def get_pool(name: str) -> FlamePool:
     """Return the open pool of this name.
 
@@ -52,7 +64,8 @@ def get_pool(name: str) -> FlamePool:
     Raises
     ------
     PoolNotFound
-        If no open pool has it.
+        If no open pool has it. While a supervisor restarts the pool, the error's ``restarting`` is
+        true.
 
     Examples
     --------
@@ -60,9 +73,10 @@ def get_pool(name: str) -> FlamePool:
     <FlamePool 'web': 1 of 0..4 runners>
     """
     with _lock:
+        restarting = name in _restarting
         pool = _pools.get(name)
-        if pool is None:
-            raise PoolNotFound(name, _pools)
+        if pool is None or restarting:
+            raise PoolNotFound(name, _pools.keys() - _restarting, restarting=restarting)
         found: FlamePool = pool
         return found
 

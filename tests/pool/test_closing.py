@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import threading
@@ -285,6 +286,22 @@ def test_a6_the_cluster_was_closed_by_somebody_else(
     began = time.monotonic()
     pool.close()
     assert time.monotonic() - began < 10
+
+
+def test_a6_k1_somebody_else_closes_the_cluster_at_the_same_time(
+    make_pool: MakePool, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is through first lets go of the event loop, which goes on for the other one."""
+    pool = make_pool(max=1)
+    prepare = pool._backend._prepare_end  # type: ignore[attr-defined]
+
+    async def while_it_is_let_go(cluster: Any) -> None:
+        await asyncio.to_thread(cluster._loop_runner.stop)
+        await prepare(cluster)
+
+    monkeypatch.setattr(pool._backend, "_prepare_end", while_it_is_let_go)
+    pool.close()
+    assert pool.cluster.status == distributed.Status.closed
 
 
 def test_a6_the_client_was_closed_by_somebody_else(

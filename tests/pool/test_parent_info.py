@@ -15,7 +15,7 @@ import pytest
 from distributed import LocalCluster
 
 import flame_dask
-from flame_dask import FlamePool
+from flame_dask import FlamePool, PoolOptionsError
 
 MakePool = Callable[..., FlamePool]
 
@@ -51,9 +51,7 @@ def test_a7_in_a_runner(shared: FlamePool, backend: Any) -> None:
         assert isinstance(parent, flame_dask.Parent)
         assert parent.pool == "shared"
         assert parent.runner == runner.id
-        assert parent.backend
-        if backend[0] is LocalCluster:
-            assert parent.backend == "LocalCluster"
+        assert parent.backend == backend[0].__name__
         assert parent.versions == {
             "python": platform.python_version(),
             "dask": dask.__version__,
@@ -79,22 +77,68 @@ def test_a7_in_a_process_for_calls(make_pool: MakePool) -> None:
     assert flame_dask.parent() is None
 
 
-def test_a7_a_pool_in_a_runner_has_no_min(make_pool: MakePool) -> None:
+def open_another(isolation: str, supervised: bool) -> dict[str, Any]:
+    """Open a pool, in the way that a program does that opens its pools when it is imported."""
+    from distributed import LocalCluster
+
+    import flame_dask
+
+    options: dict[str, Any] = {
+        "min": 1,
+        "max": 1,
+        "isolation": isolation,
+        "backend": (LocalCluster, {"scheduler_kwargs": {"dashboard": False}}),
+    }
+    if supervised:
+        supervisor = flame_dask.Supervisor([flame_dask.FlamePool.child_spec("inner", **options)])
+        inner, opened = supervisor["inner"], supervisor
+    else:
+        inner = opened = flame_dask.FlamePool("inner", **options)
+    with opened:
+        status = inner.status()
+        found = {
+            "options": (inner.options.min, inner.options.max),
+            "at first": (len(status.runners), status.counters["boots"]),
+            "inner": inner.call(flame_dask.parent),
+            "runners": [runner.id for runner in inner.status().runners],
+            "outer": flame_dask.parent(),
+        }
+    return {**found, "afterwards": flame_dask.parent()}
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a7_a_pool_in_a_runner_has_no_min(
+    make_pool: MakePool, isolation: str, supervised: bool
+) -> None:
     """A program that opens its pools when it is imported does not grow for ever."""
+    pool = make_pool("outer", min=1, max=1, backend=LOCAL, isolation=isolation)
+    assert pool.options.min == 1
 
-    def open_another() -> tuple[Any, ...]:
-        from distributed import LocalCluster
+    found = pool.call(open_another, isolation, supervised)
 
+    assert found["options"] == (0, 1)
+    assert found["at first"] == (0, 0)
+    [runner] = pool.status().runners
+    outer, inner = found["outer"], found["inner"]
+    assert (outer.pool, outer.runner, outer.backend) == ("outer", runner.id, "LocalCluster")
+    assert found["afterwards"] == outer
+    # A runner of the inner pool knows of that one alone.
+    assert (inner.pool, [inner.runner], inner.backend) == (
+        "inner",
+        found["runners"],
+        "LocalCluster",
+    )
+    assert inner.versions == outer.versions
+    assert inner.versions["flame_dask"] == flame_dask.__version__
+    assert flame_dask.parent() is None
+
+
+def test_a7_min_is_checked_all_the_same(make_pool: MakePool) -> None:
+    def open_a_wrong_one() -> None:
         import flame_dask
 
-        backend = (LocalCluster, {"scheduler_kwargs": {"dashboard": False}})
-        with flame_dask.FlamePool("inner", min=1, max=1, backend=backend) as inner:
-            at_first = len(inner.status().runners)
-            boots = inner.status().counters["boots"]
-            there = inner.call(flame_dask.parent)
-            here = flame_dask.parent()
-            return inner.options.min, at_first, boots, there.pool, here.pool, inner.options.max
+        flame_dask.FlamePool("inner", min=2, max=1)
 
-    pool = make_pool("outer", min=1, max=1, backend=LOCAL)
-    assert pool.options.min == 1
-    assert pool.call(open_another) == (0, 0, 0, "inner", "outer", 1)
+    with pytest.raises(PoolOptionsError, match="min=2"):
+        make_pool("outer", max=1, backend=LOCAL).call(open_a_wrong_one)

@@ -327,3 +327,41 @@ def test_a4_quick_start_without_a_main_guard(tmp_path: Path, backend: Any, until
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+@pytest.mark.usefixtures("kills_runners")
+def test_k1_a6_the_end_of_the_interpreter_stops_supervised_pools(
+    program: Run, backend: Any, until: Until
+) -> None:
+    """In reverse. No pool is restarted then, and a restart under way leaves nothing behind."""
+    restarts = backend[0] is not LocalCluster  # where the scheduler can be killed
+    running = program(
+        f"""
+        import logging
+        from flame_dask import Supervisor
+        logging.getLogger("flame_dask").setLevel(logging.ERROR)
+
+        class Noted(FlamePool):
+            def close(self):
+                print("close", self.name, flush=True)
+                super().close()
+
+        specs = [Noted.child_spec(n, min=1, max=1, backend=BACKEND) for n in "ab"]
+        supervisor = Supervisor(specs)
+        print([pool.call(inc, 1) for pool in supervisor.pools.values()], flush=True)
+        if {restarts}:
+            first = supervisor["a"]
+            first.cluster.scheduler.process.kill()
+            while supervisor._pools["a"] is first:
+                time.sleep(0.001)
+        print("end", flush=True)
+        """
+    )
+    follow(running, until)
+    code, out, err = running.end()
+    begin, _, end = out.partition("end\n")
+    assert (code, begin) == (0, "[2, 2]\n" + restarts * "close a\n")
+    assert end.endswith("close b\nclose a\n")
+    if not restarts:
+        assert err == ""
+    assert running.left() == []
