@@ -19,5 +19,8 @@ OOM_EXIT: Final = 86
 #: Seconds that the runner and the host grant each other for a deadline that both watch.
 GRACE_MARGIN: Final = 0.5
 
+#: Why work is ended on a runner that has been told to go (E5).
+LEAVES: Final = "runner leaves"
+
 #: Seconds after which a process that ought to have ended by itself is killed.
 LAST_RESORT: Final = 10.0

@@ -4,7 +4,7 @@
 further look: durations are seconds as ``float``, or ``None`` for no limit, defaults are filled in,
 and options that belong together fit together. What they refuse, they refuse with a
 ``PoolOptionsError`` that says what would be right. So it is with what the contract has but this
-version does not carry out (``NOT_YET``, ``CALL_NOT_YET``): an option without effect is a lie.
+version does not carry out (``NOT_YET``): an option without effect is a lie.
 
 Where an option is not given, its default comes from Dask's configuration under ``flame:`` (A3);
 ``flame.yaml`` beside this module has the values that flame_dask comes with.
@@ -30,7 +30,6 @@ from distributed.security import Security
 from flame_dask.errors import HIDDEN, PoolOptionsError, shown
 
 __all__ = [
-    "CALL_NOT_YET",
     "NOT_YET",
     "RESERVED",
     "CallOptions",
@@ -207,6 +206,18 @@ RESERVED: Final[frozenset[str]] = frozenset(_CALL_CHECKS)
 """The keywords of a call that are for flame_dask, not for the function (B1)."""
 
 
+def split_reserved(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part the keywords of a call into the function's own and the reserved ones.
+
+    Examples
+    --------
+    >>> split_reserved({"x": 1, "timeout": 5})
+    ({'x': 1}, {'timeout': 5})
+    """
+    own = {name: value for name, value in kwargs.items() if name not in RESERVED}
+    return own, {name: value for name, value in kwargs.items() if name in RESERVED}
+
+
 CONFIGURABLE: Final = frozenset(
     {
         *("min", "max", "buffer", "placement"),
@@ -231,16 +242,10 @@ def _unless_none(remedy: str) -> NotYet:
 _OFF: Final = NotYet(bool, "leave it out, or give False")
 
 NOT_YET: Final[dict[str, NotYet]] = {
-    "track_resources": _OFF,
     "log": _OFF,
     "code_sync": _unless_none("leave it out, and install your code where the runners are"),
 }
 """Values of pool options that are part of the contract but refused in this version, by field."""
-
-CALL_NOT_YET: Final[dict[str, NotYet]] = {
-    "track_resources": _OFF,
-}
-"""The same for the keywords of a call."""
 
 
 # -- Defaults in Dask's configuration (A3) --------------------------------------------------------
@@ -337,7 +342,6 @@ class CallOptions:
         values: dict[str, Any] = {
             option: _checked(_CALL_CHECKS[option], option, value) for option, value in given.items()
         }
-        _refuse_not_yet(CALL_NOT_YET, values, given)
         if "timeout" in values:
             # E1: the call's own limit takes the place of both limits of the pool.
             values["timeout_is_total"] = True

@@ -5,12 +5,15 @@ Runners can't import this module: its functions go there by value, like those of
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -54,6 +57,11 @@ def all_children_end(until: Callable[..., object]) -> Iterator[None]:
 def states(pool: FlamePool) -> list[str]:
     """Return the states of a pool's runners."""
     return sorted(runner.state for runner in pool.status().runners)
+
+
+def free(pool: FlamePool) -> bool:
+    """Tell whether no slot is taken."""
+    return bool(pool.status().leases == 0)
 
 
 def runner_pid(pool: FlamePool) -> int:
@@ -134,3 +142,104 @@ def work(log: str, gate: str) -> int:
     with open(log, "a") as file:
         file.write(f"{os.getpid()}\n")
     return wait_for_file(gate)
+
+
+def note(log: str, line: object = None) -> None:
+    with open(log, "a") as file:
+        file.write(f"{os.getpid() if line is None else line}\n")
+
+
+class Counter:
+    """Counts, and leaves a line when it starts and when it is stopped."""
+
+    def __init__(self, log: str, start: int = 0) -> None:
+        self.log = log
+        self.value = start
+        self.calls: dict[int, list[int]] = {}
+        note(log)
+
+    def add(self, by: int = 1) -> int:
+        self.value += by
+        return self.value
+
+    def take(self, thread: int, number: int) -> int:
+        self.calls.setdefault(thread, []).append(number)
+        return number
+
+    def taken(self) -> dict[int, list[int]]:
+        return self.calls
+
+    def fail(self, text: str) -> None:
+        raise LookupError(text, 7)
+
+    def give(self) -> Any:
+        return threading.Lock()
+
+    def double(self, array: Any) -> Any:
+        return array * 2
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def identity(self) -> int:
+        return id(self)
+
+    def spin(self, log: str) -> None:
+        note(log)
+        try:
+            while True:
+                time.sleep(0.005)
+        finally:
+            note(log, "over")
+
+    def gate(self, log: str, gate: str) -> int:
+        return work(log, gate)
+
+    async def nap(self, seconds: float) -> float:
+        await asyncio.sleep(seconds)
+        return seconds
+
+    def stop(self) -> None:
+        note(self.log, "stopped")
+
+
+class Hanging(Counter):
+    def stop(self) -> None:
+        note(self.log, "stopping")
+        while True:
+            time.sleep(0.005)
+
+
+class Broken(Counter):
+    def __init__(self, log: str) -> None:
+        super().__init__(log)
+        raise LookupError("no such thing", 5)
+
+    def stop(self) -> None:
+        raise AssertionError("it has never started")
+
+
+class Failing(Counter):
+    def stop(self) -> None:
+        raise OSError("won't")
+
+
+class Wide(Counter):
+    __flame_concurrency__ = 3
+
+
+def spin(log: str) -> None:
+    note(log)
+    try:
+        while True:
+            time.sleep(0.005)
+    finally:
+        note(log, "over")
+
+
+async def spin_async(log: str) -> None:
+    note(log)
+    try:
+        await asyncio.sleep(60)
+    finally:
+        note(log, "over")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from flame_dask import options
 from flame_dask.errors import PoolOptionsError
-from flame_dask.options import CALL_NOT_YET, NOT_YET, RESERVED, CallOptions, PoolOptions
+from flame_dask.options import NOT_YET, RESERVED, CallOptions, PoolOptions
 
 SECRET = "hunter2-s3cr3t"
 
@@ -83,7 +83,7 @@ def _no_configuration_of_this_machine(monkeypatch):
 @pytest.fixture
 def everything_carried_out(monkeypatch):
     """As it will be once all of the contract is carried out."""
-    for table in (NOT_YET, CALL_NOT_YET):
+    for table in (NOT_YET,):
         for name in list(table):
             monkeypatch.delitem(table, name)
 
@@ -497,7 +497,6 @@ def test_e1_queue_timeout_is_boot_timeout_unless_given():
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("track_resources", True),
         ("log", True),
         ("code_sync", {}),
     ],
@@ -515,11 +514,10 @@ def test_a2_what_is_not_carried_out_is_refused(option, value):
 
 def test_not_yet_names_options():
     assert set(NOT_YET) <= {*A1}
-    assert set(CALL_NOT_YET) <= RESERVED
 
 
 def test_a2_a_bad_value_is_refused_as_such_first():
-    assert "is not valid" in str(refused(isolation="proc", track_resources=True))
+    assert "is not valid" in str(refused(isolation="proc", log=True))
 
 
 # -- F4: no secrets -----------------------------------------------------------------------------
@@ -691,16 +689,6 @@ def test_a2_bad_keywords_of_a_call(option, value):
 def test_a2_an_unknown_keyword_of_a_call():
     with pytest.raises(PoolOptionsError, match=r"of a call: did you mean priority\?"):
         CallOptions.check(check(), prioritty=1)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("track_resources", True)],
-)
-def test_a2_keywords_of_a_call_that_are_not_carried_out(option, value):
-    with pytest.raises(PoolOptionsError, match="not supported by this version") as caught:
-        CallOptions.check(check(), **{option: value})
-    assert (caught.value.option, caught.value.value) == (option, value)
 
 
 def test_c7_whatever_can_be_a_key_of_a_dict_is_an_affinity():

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from functools import partial
@@ -16,12 +17,14 @@ from typing import Any
 
 from dask.utils import funcname
 
+from flame_dask.child_spec import ChildSpec
 from flame_dask.core.affinity import KEYS
 from flame_dask.dask_internals import PoolClient, open_error
 from flame_dask.errors import CallTimeout, FlameError, PoolClosed, RunnerLost
 from flame_dask.options import CallOptions
 from flame_dask.parent.function import PoolFunction
-from flame_dask.parent.futures import CallState, PoolFuture, collecting
+from flame_dask.parent.futures import CallState, Found, PoolFuture, collecting
+from flame_dask.parent.kept import Kept
 from flame_dask.parent.port import Message, Port
 from flame_dask.payload import Payload, pack_call, pack_value
 from flame_dask.runner.execution import CallRaised
@@ -29,6 +32,9 @@ from flame_dask.runner.execution import CallRaised
 logger = logging.getLogger("flame_dask")
 
 Kwargs = dict[str, Any]
+
+#: Sends a call, with the values of the futures among its arguments.
+Send = Callable[[dict[str, Payload]], None]
 
 
 class CallDesk:
@@ -50,6 +56,11 @@ class CallDesk:
         self.port = port
         self.closed: FlameError | None = None
         self._open: dict[str, CallState] = {}
+        #: Calls that live on, and what takes the items of streams, by their keys.
+        self.kept: dict[str, Kept] = {}
+        #: The same, also when they are over, as long as anybody has something of them.
+        self.ever_kept: weakref.WeakValueDictionary[str, Kept] = weakref.WeakValueDictionary()
+        self.streams: dict[str, Callable[..., None]] = {}
         self._base = uuid.uuid4().hex[:12]
         self._count = itertools.count()
         self._keys = _Keys(self._base)
@@ -60,13 +71,15 @@ class CallDesk:
 
     def send(
         self,
-        fn: Callable[..., Any],
+        fn: Any,
         args: tuple[Any, ...],
         kwargs: Kwargs,
         options: CallOptions,
         *,
         keep: bool = True,
         waits: bool = False,
+        mode: str = "",
+        items: Callable[..., None] | None = None,
     ) -> CallState:
         """Send a call.
 
@@ -81,6 +94,10 @@ class CallDesk:
         waits
             Whether the caller waits for the end of the call, so that the arguments can't change
             meanwhile.
+        mode
+            ``child`` or ``stream``, if it is no ordinary call.
+        items
+            Takes the items of a stream.
 
         Raises
         ------
@@ -93,11 +110,23 @@ class CallDesk:
             raise self.closed
         with collecting() as found:
             payload = pack_call(fn, args, kwargs)
+        if found.kept and mode:
+            raise ValueError(
+                f"what lives on a runner can be an argument of an ordinary call, not of a {mode}: "
+                "get() it, or call a function that uses it there"
+            )
+        if found.kept:
+            return self._request(fn, payload, found, options)
         if not waits:
             payload = payload.snapshot()
-        key = f"{funcname(fn)}-{self._base}{next(self._count):06x}"
+        if options.track_resources and keep and not mode:
+            mode = "track"
+        name = fn.id if isinstance(fn, ChildSpec) else funcname(fn)
+        key = f"{name}-{self._base}{next(self._count):06x}"
         state = CallState(key, options.link)
         self._open[key] = state
+        if items is not None:
+            self.streams[key] = items  # before the first one can come
         message: Message = {
             "what": "call",
             "key": key,
@@ -105,17 +134,53 @@ class CallDesk:
             "limits": limits_of(options),
             "priority": options.priority,
             "keep": keep,
-            "asynchronous": is_async(fn),
+            # What is tracked waits in a thread, for as long as it is there.
+            "asynchronous": is_async(fn) and mode in ("", "child"),
             "link": options.link,
             "retries": options.retries,
         }
+        if mode:
+            message["mode"] = mode
         if options.affinity is not None:
             message["affinity"] = self._keys.text_of(options.affinity)
-        if found:
-            self.port.post(partial(self._await_inputs, message, state, list(found.values())))
+        if found.futures:
+            send = partial(self._send_with, message, state)
+            self.port.post(partial(self._await_inputs, message, state, found, send))
         else:
             state.sent = time.monotonic()
             self.port.post(message)
+        return state
+
+    def _request(self, fn: Any, payload: Payload, found: Found, options: CallOptions) -> CallState:
+        """Send a call to where what is among its arguments lives (I2)."""
+        kept: Kept
+        (kept, index), *others = found.kept
+        if kept.desk is not self:
+            raise ValueError(f"call {kept.key} of pool {kept.desk.pool} keeps it: call that pool")
+        for other, _ in others:
+            if other.process != kept.process:
+                raise ValueError(
+                    f"one call can't have what call {kept.key} keeps on {kept.runner} and what "
+                    f"call {other.key} keeps on {other.runner}, since they are not in the same "
+                    "process: get() one of them first"
+                )
+        state, begin = kept.send(
+            index,
+            payload,
+            limits_of(options),
+            others=[other.hold(number) for other, number in others],
+            link=options.link,
+            asynchronous=is_async(fn) and not options.track_resources,
+            track=options.track_resources,
+        )
+        key = str(state.key)
+        self._open[key] = state
+        state.sent = time.monotonic()
+        if found.futures:
+            message: Message = {"limits": limits_of(options)}
+            self.port.post(partial(self._await_inputs, message, state, found, begin))
+        else:
+            self.port.post(partial(begin, {}))
         return state
 
     def future(self, state: CallState) -> PoolFuture[Any]:
@@ -137,10 +202,8 @@ class CallDesk:
         else:
             self.port.post(message)
 
-    def _await_inputs(
-        self, message: Message, state: CallState, futures: list[PoolFuture[Any]]
-    ) -> None:
-        self._background(self._send_after(message, state, futures))
+    def _await_inputs(self, message: Message, state: CallState, found: Found, send: Send) -> None:
+        self._background(self._send_after(message, state, list(found.futures.values()), send))
 
     def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -148,7 +211,7 @@ class CallDesk:
         task.add_done_callback(self._tasks.discard)
 
     async def _send_after(
-        self, message: Message, state: CallState, futures: list[PoolFuture[Any]]
+        self, message: Message, state: CallState, futures: list[PoolFuture[Any]], send: Send
     ) -> None:
         """Send a call when the futures among its arguments are done."""
         inputs: dict[str, Payload] = {}
@@ -170,10 +233,13 @@ class CallDesk:
                 return
             inputs[str(future.key)] = dependency.payload
         if str(state.key) in self._open:
-            message["inputs"] = inputs
             message["limits"] = queue, run, left(total, since)
-            state.sent = time.monotonic()
-            self.port.post(message)
+            send(inputs)
+
+    def _send_with(self, message: Message, state: CallState, inputs: dict[str, Payload]) -> None:
+        message["inputs"] = inputs
+        state.sent = time.monotonic()
+        self.port.post(message)
 
     # -- coming in: on the event loop ----------------------------------------------------------
 
@@ -185,7 +251,7 @@ class CallDesk:
 
     def fetch(self, key: str, task: str, address: str) -> None:
         """Fetch a large result from its runner, if anybody still wants it."""
-        if key in self._open:
+        if key in self._open or key in self.kept:
             self._background(self._fetch(key, task, address))
         else:
             self.port.post({"what": "delivered", "key": key, "task": task})
@@ -210,16 +276,20 @@ class CallDesk:
         state = self._settle(key)
         if state is None:
             return
-        raised = None
         try:
             error, trace = open_error(exception, traceback)
-            if isinstance(error, CallRaised):
-                raised = error.payload
-                error = raised.load()
-                trace = error.__traceback__
         except Exception as cause:  # whatever can't be opened here, its caller must hear (F3)
-            error, trace, raised = cause, cause.__traceback__, None
-        state.fail(error, trace, raised)
+            error, trace = cause, cause.__traceback__
+        if isinstance(error, CallRaised):
+            _fail(state, error.payload)
+        else:
+            state.fail(error, trace)
+
+    def raised(self, key: str, raised: Payload) -> None:
+        """Take what a function raised, pickled as a value."""
+        state = self._settle(key)
+        if state is not None:
+            _fail(state, raised)
 
     def error(self, key: str, error: FlameError) -> None:
         """Take an error of the pool's own."""
@@ -227,22 +297,56 @@ class CallDesk:
         if state is not None:
             state.fail(error)
 
+    def note(self, key: str, kind: str, runner: str, **body: Any) -> None:
+        """Take what a call says beside its result."""
+        if kind == "kept":
+            self._keep(key, runner, **body)
+        elif kind == "answer" and key in self.kept:
+            self.kept[key].answered(**body)
+        elif kind == "items" and key in self.streams:
+            self.streams[key](**body)
+
+    def _keep(self, key: str, runner: str, process: str, result: Any, held: Any) -> None:
+        """Take the result of a call that lives on (H1, I1)."""
+        state = self._open.pop(key, None)
+        if state is None:
+            self.port.post({"what": "release", "keys": [key]})  # its caller is gone
+            return
+        kept = self.kept[key] = self.ever_kept[key] = Kept(
+            self, key, runner, process, state.link, bool(held)
+        )
+        kept.take(state, held)
+        state.kept = kept
+        state.deliver(Payload.from_parts(result))
+
+    def stop_kept(self, limit: float | None) -> None:
+        """Ask what lives on and is linked to end in so many seconds, since its parent does (G1)."""
+        for kept in list(self.kept.values()):
+            if kept.link:
+                kept.stop(limit)
+
     def close(self) -> None:
         """Take no more calls, and fail those that are still open."""
         self.closed = PoolClosed(self.pool)
-        for key in list(self._open):
+        for key in [*self._open, *self.kept]:
             self.error(key, PoolClosed(self.pool))
         for task in self._tasks:
             task.cancel()
 
     def lose(self) -> None:
         """Do the same because the way to the pool's host is cut (F3)."""
-        for key in list(self._open):
+        for key in [*self._open, *self.kept]:
             self.error(key, RunnerLost("unreachable", call=key))
         self.close()
 
     def _settle(self, key: str) -> CallState | None:
-        return self._open.pop(key, None)
+        """Return the state of a call whose end is at hand; of one that has lived on, its life."""
+        state = self._open.pop(key, None)
+        if state is None and key in self.kept:
+            kept = self.kept.pop(key)
+            state = kept.life
+            state.when_done(kept.ended)
+        return state
 
     def _cancel(self, state: CallState) -> None:
         if self._settle(str(state.key)) is not None:
@@ -256,7 +360,7 @@ class CallDesk:
 
     def _released(self, key: str, done: bool) -> None:
         """End a call whose last future has gone, if it is linked (G1, G2)."""
-        state = self._settle(key)
+        state = self._open.pop(key, None)
         if state is not None and not done and state.link:
             self.port.post({"what": "release", "keys": [key]})
             state.cancel("the end of its last future")
@@ -294,6 +398,16 @@ class _Keys:
 
 
 NOTHING = pack_value(None)
+
+
+def _fail(state: CallState, raised: Payload) -> None:
+    """Let a call fail with what its function raised."""
+    try:
+        error = raised.load()
+    except Exception as cause:  # whatever can't be opened here, its caller must hear (F3)
+        state.fail(cause, cause.__traceback__)
+    else:
+        state.fail(error, error.__traceback__, raised)
 
 
 def limits_of(options: CallOptions) -> tuple[float | None, ...]:

@@ -50,7 +50,7 @@ class CallState(PooledState):
     saves two thread switches a call.
     """
 
-    __slots__ = ("_error", "_wakers", "link", "payload", "raised", "sent")
+    __slots__ = ("_error", "_wakers", "holds", "kept", "link", "payload", "raised", "sent")
 
     _error: BaseException | None
 
@@ -59,6 +59,10 @@ class CallState(PooledState):
         self.link = link
         # What the call raised, in pickled form.
         self.raised: Payload | None = None
+        # What of the result lives on a runner: it stays there as long as this does.
+        self.holds: list[Any] = []
+        # The call itself, if it lives on.
+        self.kept: Any = None
         super().__init__(key)
         self.payload: Payload | None = None
         # When it was sent, or None: it waits for the futures among its arguments.
@@ -317,20 +321,43 @@ class PoolFuture(Future[T], Generic[T]):
             self._post({"what": "let-go", "key": self.key})
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        found = getattr(_packing, "found", None)
+        found = collected()
         if found is None:
             return super().__reduce__()
-        found[self.key] = self
+        found.futures[str(self.key)] = self
         return input_value, (self.key,)
 
 
-class collecting:  # a context manager, named like contextlib's
-    """While a call is pickled, collect the futures among its arguments."""
+class Found:
+    """What of the pool's there is among the arguments of a call.
 
-    def __enter__(self) -> dict[str, PoolFuture[Any]]:
-        self._outer = getattr(_packing, "found", None)
-        found: dict[str, PoolFuture[Any]] = {}
-        _packing.found = found
+    Attributes
+    ----------
+    futures
+        By their keys.
+    kept
+        What lives on a runner: each is a call that keeps it, and its number there.
+    """
+
+    __slots__ = ("futures", "kept")
+
+    def __init__(self) -> None:
+        self.futures: dict[str, PoolFuture[Any]] = {}
+        self.kept: list[tuple[Any, int]] = []
+
+
+def collected() -> Found | None:
+    """Return where to note what is found in the call that is pickled now, if one is."""
+    found: Found | None = getattr(_packing, "found", None)
+    return found
+
+
+class collecting:  # a context manager, named like contextlib's
+    """While a call is pickled, collect what of the pool's is among its arguments."""
+
+    def __enter__(self) -> Found:
+        self._outer = collected()
+        _packing.found = found = Found()
         return found
 
     def __exit__(self, *exc_info: object) -> None:

@@ -43,6 +43,7 @@ class HookThread:
         self._queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._closed = False
 
     def fire(self, hook: Callable[..., object], *args: Any) -> None:
         """Run a hook soon. What it raises is logged."""
@@ -53,14 +54,18 @@ class HookThread:
                     target=self._run, name=f"flame-hooks-{self._pool}", daemon=True
                 )
                 self._thread.start()
-        self._queue.put((hook, args))
+            self._queue.put((hook, args))
+            if self._closed:  # for this one alone
+                self._queue.put(None)
+                self._thread = None
 
     def close(self, timeout: float) -> None:
         """Let the hooks that are due run, for at most ``timeout`` seconds."""
-        thread = self._thread
-        if thread is None:
-            return
-        self._queue.put(None)
+        with self._starting:
+            thread, self._thread, self._closed = self._thread, None, True
+            if thread is None:
+                return
+            self._queue.put(None)
         if thread is not threading.current_thread():  # a hook may close its pool
             thread.join(timeout)
             if thread.is_alive():
@@ -73,3 +78,5 @@ class HookThread:
                 hook(*args)
             except Exception:
                 logger.exception("pool %s: hook %r failed", self._pool, hook)
+            # While it waits for the next one it must not keep a result alive, or a child.
+            del job, hook, args

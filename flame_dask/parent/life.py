@@ -185,6 +185,7 @@ class PoolLife(SyncMethodMixin):
             "fetch": self._desk.fetch,
             "failed": self._desk.failed,
             "error": self._desk.error,
+            "note": self._desk.note,
             "boot": lambda runner, **_: self._adaptive.boot(runner),
             "stop": lambda runner, force, **_: self._adaptive.halt(runner, force),
             "scaled": self._scaled,
@@ -324,6 +325,7 @@ class PoolLife(SyncMethodMixin):
             return
         self._open_done(PoolClosed(self.name))
         self._announce_end()
+        self._desk.stop_kept(self.options.shutdown_timeout)
         self._port.post({"what": "close"})
         await self._closed.wait()
         self._changes.give_up()

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from flame_dask.errors import PoolClosed, RunnerLost
-from flame_dask.options import RESERVED, CallOptions
+from flame_dask.child_spec import ChildSpec
+from flame_dask.errors import PoolClosed, PoolOptionsError, RunnerLost
+from flame_dask.options import RESERVED, CallOptions, split_reserved
 from flame_dask.parent.changes import in_its_place, view_of
+from flame_dask.parent.child import Child
 from flame_dask.parent.executor import PoolExecutor
 from flame_dask.parent.function import PoolFunction
 from flame_dask.parent.futures import CallState, PoolFuture
@@ -18,6 +20,7 @@ from flame_dask.parent.life import GRACE, PoolLife
 from flame_dask.parent.mapping import map_async, map_sync
 from flame_dask.parent.spec import PoolSpec
 from flame_dask.parent.status import PoolEvent, PoolStatus
+from flame_dask.parent.stream import AsyncStream, Stream
 
 logger = logging.getLogger("flame_dask")
 
@@ -64,6 +67,9 @@ class FlamePool(PoolLife):
     isolation
         ``"thread"``: a call runs in a thread of its runner, ``"process"``: in a process of its own,
         which can be ended whatever it does.
+    track_resources
+        Whether what a call returns in a :class:`keep`, and processes and threads in its result,
+        stay on its runner.
     env
         Environment variables of the runners.
     asynchronous
@@ -123,6 +129,7 @@ class FlamePool(PoolLife):
             keywords: ``timeout`` (seconds, for waiting and running together), ``queue_timeout``,
             ``priority`` (higher is earlier), ``link`` (whether it ends with its caller; default:
             True), ``retries`` (how often it may start anew when its runner is lost; default: 0),
+            ``track_resources`` (whether what it returns in a :class:`keep` stays on its runner),
             ``affinity`` (a key: the call prefers the runner that got the last call with an equal
             one, for what that has in memory). Whatever can be a key of a dict can be one here, and
             keys are equal as they are there. It is no more than a preference: no call waits for its
@@ -152,9 +159,12 @@ class FlamePool(PoolLife):
         """
         options, kwargs = self._split(kwargs)
         state = self._desk.send(fn, args, kwargs, options, waits=True)
+        return self._outcome(state, self._patience(options))
+
+    def _outcome(self, state: CallState, limit: float | None) -> Any:
+        """Wait for what a call comes to, or return what does if the pool is asynchronous."""
         if self.asynchronous:
-            return self._await_call(state, self._patience(options))
-        limit = self._patience(options)
+            return self._await_call(state, limit)
         try:
             patience = limit
             while not state.join(patience):
@@ -305,6 +315,97 @@ class FlamePool(PoolLife):
         if self.options.on_cast_error is not None:
             self._hooks.fire(self.options.on_cast_error, error)
 
+    def place_child(self, spec: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Start something long-lived on a runner (H1).
+
+        It holds one slot until it ends, and its runner stays as long. It is never started anew.
+
+        Parameters
+        ----------
+        spec
+            A function or an ``async def``, whose run is the child; a class, of which one is made
+            there; or a :class:`ChildSpec`, which also says how to stop it.
+        args, kwargs
+            Arguments of the function, the class or the spec's ``start``. Reserved keywords are
+            those of :meth:`call`; the limits of time are for the start, not for the life.
+
+        Returns
+        -------
+        Child
+            An awaitable of it if the pool is asynchronous.
+
+        Raises
+        ------
+        BaseException
+            What the start has raised. Its slot is free again then.
+        CallTimeout
+            It did not get a slot, or did not start, in time.
+        TypeError
+            It is nothing that can be started.
+        RunnerLost, SerializationError, PoolClosed
+            As for :meth:`call`.
+
+        Examples
+        --------
+        >>> counter = pool.place_child(Counter, 10)  # doctest: +SKIP
+        >>> counter.add(5)  # doctest: +SKIP
+        15
+        """
+        if not callable(spec) and not isinstance(spec, ChildSpec):
+            raise TypeError(f"{spec!r} can't be placed: give a function, a class or a ChildSpec")
+        options, kwargs = self._split(kwargs)
+        if options.retries:
+            raise PoolOptionsError("retries", options.retries, "leave it out: a child starts once")
+        state = self._desk.send(spec, args, kwargs, options, mode="child")
+        if self.asynchronous:
+            return self._place_async(spec, state, options)
+        self._outcome(state, self._patience(options))
+        return Child(self, spec, state.kept)
+
+    async def _place_async(self, spec: Any, state: CallState, options: CallOptions) -> Child:
+        await self._await_call(state, self._patience(options))
+        return Child(self, spec, state.kept)
+
+    def stream(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a generator on a runner, and yield its items as it makes them (B7).
+
+        The generator goes on while the items are taken, and waits when they are not: neither side
+        holds more than a few thousand of them, or a few megabytes; of large ones, two or three.
+
+        Parameters
+        ----------
+        fn
+            A generator function, an ``async def`` one too, or any function that returns something
+            to iterate over.
+        args, kwargs
+            As for :meth:`call`. There is no limit of time unless ``timeout`` is given, which is
+            for all of it. ``retries`` is refused, since items would come twice.
+
+        Returns
+        -------
+        Stream
+            An iterator with ``close``, and a context manager; an asynchronous one with ``aclose``
+            if the pool is asynchronous. To close or drop it ends the generator.
+
+        Raises
+        ------
+        BaseException
+            What the generator has raised, after the items before that.
+        CallTimeout, RunnerLost, SerializationError, PoolClosed
+            As for :meth:`call`, while it is iterated over.
+
+        Examples
+        --------
+        >>> for frame in pool.stream(frames, video):  # doctest: +SKIP
+        ...     show(frame)
+        """
+        options, kwargs = self._split({"timeout": None, **kwargs})
+        if options.retries:
+            remedy = "leave it out: items would come twice"
+            raise PoolOptionsError("retries", options.retries, remedy)
+        send = partial(self._desk.send, fn, args, kwargs, options, mode="stream")
+        return (AsyncStream if self.asynchronous else Stream)(self._desk, send)
+
     def get_executor(self) -> PoolExecutor:
         """Return a :class:`concurrent.futures.Executor` that runs its calls on this pool (B4).
 
@@ -352,8 +453,8 @@ class FlamePool(PoolLife):
             raise PoolClosed(self.name)
         if not kwargs or RESERVED.isdisjoint(kwargs):
             return self.options.call_defaults, kwargs
-        reserved = {name: kwargs.pop(name) for name in RESERVED & kwargs.keys()}
-        return CallOptions.check(self.options, **reserved), kwargs
+        own, reserved = split_reserved(kwargs)
+        return CallOptions.check(self.options, **reserved), own
 
     def _patience(self, options: CallOptions) -> float | None:
         """How long to wait for an answer before something must have gone wrong (F3)."""

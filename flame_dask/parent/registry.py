@@ -103,6 +103,17 @@ def cast(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Non
     get_pool(name).cast(fn, *args, **kwargs)
 
 
+def place_child(name: str, spec: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Start something long-lived on the pool of this name, as :meth:`FlamePool.place_child` does.
+
+    Raises
+    ------
+    PoolNotFound
+        If no open pool has the name.
+    """
+    return get_pool(name).place_child(spec, *args, **kwargs)
+
+
 @atexit.register  # after distributed's own, which close clusters, so it runs before them
 def _close_all() -> None:
     for pool in list(_pools.values()):

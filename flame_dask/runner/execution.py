@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from distributed import get_worker
 
 from flame_dask.dask_internals import attach_result
 from flame_dask.payload import Payload, check_exception, pack_value
-from flame_dask.runner import offspring
-from flame_dask.runner.threads import CallTerminated, CoroutineRun, Terms, ThreadRun
+from flame_dask.runner import coroutines, offspring
+from flame_dask.runner.channel import Channel, current
+from flame_dask.runner.threads import CallRaised, CallTerminated, CoroutineRun, Terms, ThreadRun
 
 if TYPE_CHECKING:
     from flame_dask.runner.terminator import Terminator
@@ -32,31 +35,6 @@ def input_value(key: str) -> Any:
     It is called by the unpickling of the call, in :func:`_open`.
     """
     return _opening.inputs[key].load()
-
-
-class CallRaised(Exception):
-    """Carries what a call raised to its caller, pickled as a value.
-
-    Dask pickles the exception of a task in a way that loses what built-in exceptions keep outside
-    of their ``__dict__``, and lets a ``SystemExit`` end the worker.
-
-    Parameters
-    ----------
-    text
-        The exception's type and text, for logs and the dashboard.
-    payload
-        The exception, with traceback and causes.
-    """
-
-    def __init__(self, text: str, payload: Payload) -> None:
-        super().__init__(text, payload)
-        self.payload = payload
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-    def __repr__(self) -> str:
-        return f"CallRaised({self.args[0]!r})"
 
 
 def run_call(
@@ -88,27 +66,53 @@ def run_call(
     if plugin is None:
         return _hand_over(work(payload, inputs, terms), terms)
     if plugin.processes is None:
-        return run_in_thread(plugin.terminator, payload, inputs, terms)
-    result = plugin.processes.run(plugin.terminator, payload, inputs, terms)
+        channel = None
+        if terms.mode:
+            channel = Channel(partial(plugin.note, terms.task), None)
+            channel.run = partial(run_request, plugin.terminator, channel)
+        return run_in_thread(plugin.terminator, payload, inputs, terms, channel)
+    note = partial(plugin.note, terms.task)
+    result = plugin.processes.run(plugin.terminator, payload, inputs, terms, note)
     return _hand_over(result, terms)
 
 
 def run_in_thread(
-    terminator: Terminator, payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms
+    terminator: Terminator,
+    payload: Payload,
+    inputs: Mapping[str, Payload] | None,
+    terms: Terms,
+    channel: Channel | None = None,
+    *,
+    hand_over: Callable[[Payload | None, Terms], Payload | None] | None = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Payload | None:
     """Run a call in this thread, where :class:`CallTerminated` may strike at any moment.
 
-    Parameters, returns and errors are those of :func:`run_call`.
+    Parameters, returns and errors are those of :func:`run_call`, but for these.
+
+    Parameters
+    ----------
+    channel
+        Its way to the parent.
+    hand_over
+        What to do with the result. Left out: as :func:`run_call` says.
+    wanted
+        Says whether it is still to be run, once its work can be ended.
     """
     run = ThreadRun(terms)
+    run.channel = channel
+    if channel is not None:
+        channel.children = run.children
+    hand_over = hand_over or _hand_over
     result: Payload | None = None
     failure: CallRaised | None = None
     book = offspring.ledger.set(run.children)
+    around = current.set(channel)
     try:
         try:
             run.open = True
-            if terminator.enter(run):
-                result = _hand_over(work(payload, inputs, terms), terms)
+            if terminator.enter(run) and wanted():
+                result = hand_over(work(payload, inputs, terms), terms)
         finally:
             # Python looks for pending exceptions at calls and jumps only: not before this is done.
             run.open = False
@@ -127,12 +131,48 @@ def run_in_thread(
         pass
     except CallRaised as error:
         failure = error
+    current.reset(around)
     offspring.ledger.reset(book)
+    if terms.mode:
+        terminator.forget(terms.task)
     if terminator.leave(run):
         return None
     if failure is not None:
         raise failure
     return result
+
+
+def run_request(
+    terminator: Terminator,
+    channel: Channel,
+    payload: Payload,
+    inputs: Mapping[str, Payload] | None,
+    terms: Terms,
+) -> Payload | None:
+    """Run a call to what another call keeps, in this thread.
+
+    Parameters, returns and errors are those of :func:`run_in_thread`. Its result is returned, and
+    what it prints is the other call's.
+    """
+    # It is ended by itself: the other one's order to stop is not for it.
+    inner = Channel(channel.send, channel.run)
+    inner.keeper = channel.keeper
+    number = int(terms.task.rpartition("/")[2])
+    try:
+        return run_in_thread(
+            terminator,
+            payload,
+            inputs,
+            terms,
+            inner,
+            hand_over=lambda result, _: result,
+            wanted=lambda: number not in channel.dropped,
+        )
+    finally:
+        if inner.children:
+            # What it has started and left running ends with what is kept. In place: it is known.
+            started = [*channel.children, *inner.children]
+            channel.children[:] = [pid for pid in started if psutil.pid_exists(pid)]
 
 
 async def run_call_async(
@@ -147,13 +187,16 @@ async def run_call_async(
         return await _work_async(payload, inputs, terms)
     terminator: Terminator = plugin.terminator
     run = CoroutineRun(terms)
+    channel = Channel(partial(plugin.note, terms.task), None) if terms.mode else None
     if not terminator.enter(run):
         terminator.leave(run)
         return None
     book = offspring.ledger.set(run.children)
+    around = current.set(channel)
     # A task of its own. It can be cancelled without cancelling Dask's, and outlives that one, which
     # is cancelled as a worker closes: what becomes of the work then is not for Dask to say (G2).
     run.work = asyncio.create_task(_work_async(payload, inputs, terms))
+    current.reset(around)
     offspring.ledger.reset(book)
 
     def over(task: asyncio.Task[Payload | None]) -> None:
@@ -195,9 +238,9 @@ def work(payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms) -
     """
     try:
         fn, args, kwargs = _open(payload, inputs)
-        value = fn(*args, **kwargs)
+        value = _special(fn, args, kwargs, terms) if terms.mode else fn(*args, **kwargs)
         if terms.asynchronous:
-            value = asyncio.run(value)
+            value = coroutines.run(value)
         return None if terms.inline_limit < 0 else pack_value(value)
     except CallTerminated:
         raise
@@ -212,7 +255,7 @@ async def _work_async(
 ) -> Payload | None:
     try:
         fn, args, kwargs = _open(payload, inputs)
-        value = await fn(*args, **kwargs)
+        value = await (_special(fn, args, kwargs, terms) if terms.mode else fn(*args, **kwargs))
         return _hand_over(None if terms.inline_limit < 0 else pack_value(value), terms)
     except BaseException as error:
         task = asyncio.current_task()
@@ -220,6 +263,17 @@ async def _work_async(
             raise  # the work is being ended, or the runner is closing
         failure = _carried(error)
     raise failure
+
+
+def _special(fn: Any, args: Any, kwargs: Any, terms: Terms) -> Any:
+    """Run a call that has more to say than a result."""
+    # Here, since they run calls in their turn, and since most runners have no need of them.
+    from flame_dask.runner.children import run_child
+    from flame_dask.runner.keeper import run_more, run_tracked
+    from flame_dask.runner.streams import run_stream
+
+    modes = {"child": run_child, "track": run_tracked, "more": run_more, "stream": run_stream}
+    return modes[terms.mode](fn, args, kwargs, terms)
 
 
 def _open(payload: Payload, inputs: Mapping[str, Payload] | None) -> Any:

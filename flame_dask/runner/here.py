@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ def describe(pool: str, backend: str) -> ParentInfo:
         The name of its cluster class.
     """
     return ParentInfo(pool, backend, package.versions(), _PROCESS)
+
+
+def process() -> str:
+    """Return what tells this process from all others; a forked one has its own."""
+    return f"{_PROCESS}-{os.getpid()}"
 
 
 def is_parent(info: ParentInfo | None) -> bool:

@@ -21,17 +21,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, Final
 
 from flame_dask.payload import Payload
 from flame_dask.runner import here, memory, offspring, wire
-from flame_dask.runner.execution import CallRaised
+from flame_dask.runner.channel import Message
 from flame_dask.runner.guard import Guard
 from flame_dask.runner.nursery import FORK, STATUS
 from flame_dask.runner.terminator import PRESS_EVERY, QUIET_PAUSE, Terminator
-from flame_dask.runner.threads import ProcessRun, Terms
+from flame_dask.runner.threads import CallRaised, ProcessRun, Terms
 from flame_dask.system import kernel_kills
 
 logger = logging.getLogger("flame_dask.runner")
@@ -74,10 +75,12 @@ class CallProcess:
         self.baseline = 0
         self.out_of_memory = False
         self._conn = conn
-        self._stream = conn.makefile("rb")
+        # Without a buffer: what is in there would not show when the socket is polled.
+        self._stream = conn.makefile("rb", buffering=0)
         self._status = status
         self._exit: int | None = None
         self._closed = False
+        self._orders: SimpleQueue[Message | None] | None = None
         self._poll = select.poll()
         self._poll.register(conn, select.POLLIN)
         self._poll.register(status, select.POLLIN)
@@ -92,8 +95,15 @@ class CallProcess:
             return False
         return not select.select([self._status], [], [], 0)[0]
 
-    def ask(self, request: object) -> Any:
+    def ask(self, request: object, note: Callable[[Message], None]) -> Any:
         """Have it run a call; return its answer.
+
+        Parameters
+        ----------
+        request
+            The call.
+        note
+            Takes what the call tells its parent meanwhile.
 
         Raises
         ------
@@ -107,10 +117,30 @@ class CallProcess:
         while True:
             ready = dict(self._poll.poll())
             if self._conn.fileno() in ready:
-                return wire.receive(self._stream)
+                answer = wire.receive(self._stream)
+                if answer[0] != wire.NOTE:
+                    return answer
+                note(answer[1])
+                continue
             if self._hear():  # though its socket is held open, by a process that it has forked
                 raise EOFError("it is dead")
             self._poll.unregister(self._status)  # the nursery is dead, the process is not
+
+    def order(self, order: Message) -> None:
+        """Hand an order to the call that runs in it; in one thread at a time, without waiting."""
+        if self._orders is None:
+            self._orders = SimpleQueue()
+            # Its own: whoever reads what the process says must not wait for it to read.
+            threading.Thread(target=self._pass_on, name="flame-orders", daemon=True).start()
+        self._orders.put(order)
+
+    def _pass_on(self) -> None:
+        assert self._orders is not None, "this thread is for them"
+        while (order := self._orders.get()) is not None:
+            try:
+                wire.send(self._conn, order)
+            except OSError:  # it is dead, or done with
+                return
 
     def signal(self, number: int) -> None:
         """Send a signal to its group."""
@@ -143,6 +173,11 @@ class CallProcess:
         """Close the ways to it: left to itself it ends then."""
         if not self._closed:
             self._closed = True
+            if self._orders is not None:
+                self._orders.put(None)
+                # Whoever writes to it would hold the socket open.
+                with suppress(OSError):
+                    self._conn.shutdown(socket.SHUT_RDWR)
             self._stream.close()
             self._conn.close()
             os.close(self._status)
@@ -190,8 +225,18 @@ class CallProcesses:
         payload: Payload,
         inputs: Mapping[str, Payload] | None,
         terms: Terms,
+        note: Callable[[Message], None],
     ) -> Payload | None:
         """Run a call in a process, and wait for its result.
+
+        Parameters
+        ----------
+        terminator
+            Ends it.
+        payload, inputs, terms
+            The call.
+        note
+            Takes what it tells its parent, on the way to the host.
 
         Raises
         ------
@@ -207,7 +252,7 @@ class CallProcesses:
                 process = self._take()
                 if run.take(process):
                     with suppress(EOFError):
-                        answer = process.ask((payload, inputs, terms))
+                        answer = process.ask((payload, inputs, terms), note)
         except BaseException:
             # No process can be had, or there is no room for its answer.
             if process is not None:
@@ -218,7 +263,8 @@ class CallProcesses:
             if answer is None and run.terminated:
                 self._wait_for_group(process)
             untouched = run.leave()
-            if untouched and (answer is not None or run.reason):
+            # One that has taken orders may have some left to take, and is not used again.
+            if untouched and not terms.mode and (answer is not None or run.reason):
                 self._give_back(process)
             else:
                 status = self._bury(process)

@@ -19,10 +19,13 @@ import socket
 import struct
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from flame_dask.runner import here, wire
+from flame_dask.runner.attended import attended
 from flame_dask.runner.execution import CallRaised, work
 
 #: How a process has ended, as the nursery tells it: an exit code, or a negative signal.
@@ -124,15 +127,18 @@ def _serve(conn: socket.socket) -> None:
         here.arrive(info, runner)
         wire.send(conn, os.getpid())
         while True:
-            request = wire.receive(stream)
-            wire.send(conn, _answer(*request))
+            payload, inputs, terms = wire.receive(stream)
+            if terms.mode:
+                wire.send(conn, _answer(partial(attended, conn, stream), payload, inputs, terms))
+                return  # some of its orders may still be on their way
+            wire.send(conn, _answer(work, payload, inputs, terms))
             # What was pickled in it need not wait for the next call.
-            del request
+            del payload, inputs
 
 
-def _answer(payload: Any, inputs: Any, terms: Any) -> tuple[bool, Any]:
+def _answer(run: Callable[..., Any], payload: Any, inputs: Any, terms: Any) -> tuple[bool, Any]:
     try:
-        return True, work(payload, inputs, terms)
+        return True, run(payload, inputs, terms)
     except CallRaised as error:
         return False, error.args
     finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from flame_dask import dask_internals as internals
-from flame_dask.constants import GRACE_MARGIN, LAST_RESORT
+from flame_dask.constants import GRACE_MARGIN, LAST_RESORT, LEAVES
 from flame_dask.payload import Payload, pack_value
 from flame_dask.runner import here, lifeline, offspring, signals
 from flame_dask.runner.guard import Guard
@@ -169,6 +169,9 @@ class FlameRunner(WorkerPlugin):
             match what:
                 case "terminate":
                     self.terminator.terminate(message["task"], "order")
+                case "order":
+                    task = message.pop("task")
+                    self.terminator.order(task, message)
                 case "ask-idle":
                     self._ask_idle(message["number"])
                 case "go":
@@ -177,6 +180,12 @@ class FlameRunner(WorkerPlugin):
                     logger.warning("pool %s: unknown message %r", self.pool, what)
         except Exception:
             logger.exception("pool %s: message %r of the host", self.pool, what)
+
+    def note(self, task: str, message: Message) -> None:
+        """Have a note of a call sent to its parent; in any thread."""
+        if message["kind"] == "kept":
+            self.terminator.keep(task)
+        self._on_loop(self._send, {"what": "note", "task": task, **message})
 
     def _send(self, message: Message) -> None:
         internals.send_to_scheduler(self._worker, message)
@@ -256,7 +265,12 @@ class FlameRunner(WorkerPlugin):
 
     async def _go(self, reason: str) -> None:
         """Close the worker when its calls are over, or their time is."""
-        await self._finished(self.shutdown_timeout)
+        limit, moment = self.shutdown_timeout, self.grace + GRACE_MARGIN
+        await self._finished(None if limit is None else max(0.0, limit - moment))
+        # What lives on is asked to end while there is time for that: when it is over, the host has
+        # this process killed.
+        self.terminator.end_kept(LEAVES)
+        await self._finished(None if limit is None else min(limit, moment))
         self._had_their_time = True
         await self._worker.close(reason=reason)
 

@@ -113,9 +113,38 @@ class Terminator:
         news = {"what": "call-lost", "cause": cause, "exit_code": exit_code, "signal": number}
         self._tell(news, run)
 
+    def forget(self, task: str) -> None:
+        """Strike off what has run in a call that is over, and may have been cut short in there."""
+        for inner in self._inner(task):
+            self._strike_off(inner)
+
+    def order(self, task: str, order: dict[str, Any]) -> None:
+        """Hand an order to a call; nothing happens if it is over. On the event loop only.
+
+        Parameters
+        ----------
+        task
+            The key of its Dask task.
+        order
+            What the parent wants. To ``drop`` a call to what it keeps is done from here.
+        """
+        run = self.runs.get(task)
+        if run is not None:
+            run.order(order)
+        # After it has been told: whoever begins looks the other way round, as in `enter`.
+        inner = self.runs.get(f"{task}/{order['no']}") if order["kind"] == "drop" else None
+        if inner is not None:
+            self._end(inner, "order")
+
+    def keep(self, task: str) -> None:
+        """Take note that a call has begun something that lives on: it has no deadline any more."""
+        run = self.runs.get(task)
+        if run is not None:
+            run.due = float("inf")
+            run.kept = True
+
     def _strike_off(self, run: Run) -> None:
-        self.runs.pop(run.terms.task, None)
-        if not run.terms.link:
+        if self.runs.pop(run.terms.task, None) is not None and not run.terms.link:
             self._count_unlinked(-1)
 
     def _tell(self, news: dict[str, Any], run: Run) -> None:
@@ -135,7 +164,7 @@ class Terminator:
         task
             The key of the Dask task.
         reason
-            ``order``, ``deadline`` or ``parent gone``.
+            ``order``, ``deadline``, ``parent gone`` or ``runner leaves``.
         """
         self._doomed[task] = reason
         run = self.runs.get(task)
@@ -160,6 +189,12 @@ class Terminator:
         """
         for run in list(self.runs.values()):
             if run.terms.link or not linked_only:
+                self._end(run, reason)
+
+    def end_kept(self, reason: str) -> None:
+        """End what lives on, and has no end of its own."""
+        for run in list(self.runs.values()):
+            if run.kept:
                 self._end(run, reason)
 
     def going_on(self) -> bool:
@@ -200,11 +235,18 @@ class Terminator:
                 timer.cancel()
         self._clock_due = float("-inf")  # nobody starts it again
 
+    def _inner(self, task: str) -> list[Run]:
+        """Return what runs in a call that keeps things."""
+        return [run for key, run in list(self.runs.items()) if key.startswith(f"{task}/")]
+
     def _end(self, run: Run, reason: str) -> None:
         if not run.reason:
             run.end(reason)
             self._ending.add(run)
             run.press(self.grace)
+            # With all that runs in it: a call to what it keeps may have a thread of its own.
+            for inner in self._inner(run.terms.task) if run.terms.mode else ():
+                self._end(inner, reason)
             if self._presser is None:
                 self._presser = self._loop.call_later(PRESS_EVERY, self._press)
 

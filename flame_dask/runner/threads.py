@@ -18,10 +18,12 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flame_dask.constants import GRACE_MARGIN
-from flame_dask.runner import offspring
+from flame_dask.payload import Payload
+from flame_dask.runner import coroutines, offspring
+from flame_dask.runner.channel import Channel
 
 if TYPE_CHECKING:
     from flame_dask.runner.isolated import CallProcess
@@ -40,6 +42,31 @@ class CallTerminated(BaseException):
     """Raised in the thread of a call whose work has to end. Not for ``except Exception``."""
 
 
+class CallRaised(Exception):
+    """Carries what a call raised to its caller, pickled as a value.
+
+    Dask pickles the exception of a task in a way that loses what built-in exceptions keep outside
+    of their ``__dict__``, and lets a ``SystemExit`` end the worker.
+
+    Parameters
+    ----------
+    text
+        The exception's type and text, for logs and the dashboard.
+    payload
+        The exception, with traceback and causes.
+    """
+
+    def __init__(self, text: str, payload: Payload) -> None:
+        super().__init__(text, payload)
+        self.payload = payload
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __repr__(self) -> str:
+        return f"CallRaised({self.args[0]!r})"
+
+
 class Terms(NamedTuple):
     """What a runner is told of a call, beside the call itself."""
 
@@ -56,6 +83,11 @@ class Terms(NamedTuple):
     """Whether it ends with its parent (G1)."""
     asynchronous: bool
     """Whether its function is an ``async def``."""
+    mode: str = ""
+    """``track`` if tracked resources in its result stay here, ``child`` or ``stream``; else
+    nothing."""
+    pool: str = ""
+    """The pool's name, for these."""
 
 
 def strike(thread: int) -> None:
@@ -98,11 +130,28 @@ class Run:
         Why its work has to end: ``order``, ``deadline`` or ``parent gone``; empty if it need not.
     due
         When it has run for too long, by the monotonic clock.
+    kept
+        Whether it has begun something that lives on.
     children
         Pids of the processes that it has started.
+    channel
+        Its way to the parent, if it has one.
     """
 
-    __slots__ = ("_ender", "_signal", "_since", "children", "due", "never_began", "reason", "terms")
+    __slots__ = (
+        "_asked",
+        "_ender",
+        "_signal",
+        "_since",
+        "_woken",
+        "channel",
+        "children",
+        "due",
+        "kept",
+        "never_began",
+        "reason",
+        "terms",
+    )
 
     #: What is done to the work itself, in words.
     means = ""
@@ -113,8 +162,11 @@ class Run:
         limit = terms.limit
         self.due = float("inf") if limit is None else time.monotonic() + limit + GRACE_MARGIN
         self.reason = ""
+        self.kept = False
         self.never_began = False
         self.children: list[int] = []
+        self.channel: Channel | None = None
+        self._asked = self._woken = False
         self._since = 0.0
         self._ender: threading.Thread | None = None
         self._signal = ""
@@ -138,6 +190,26 @@ class Run:
                 target=self._end_children, args=(grace,), name="flame-end", daemon=True
             )
             self._ender.start()
+
+    def order(self, order: dict[str, Any]) -> None:
+        """Take an order of the parent's."""
+        if self.channel is not None:
+            self.channel.put(order)
+
+    def _is_asked(self, grace: float) -> bool:
+        """Ask the work to end; say whether that is all that is done to it yet."""
+        if self.channel is None:
+            return False
+        if time.monotonic() - self._since >= self.channel.asked_first * grace:
+            if not self._woken:
+                self._woken = True
+                # What waits for orders runs no Python code, and meets no exception.
+                self.channel.put({"kind": "give up"})
+            return False
+        if not self._asked:
+            self._asked = True
+            self.channel.put({"kind": "stop"})
+        return True
 
     def how(self) -> str:
         """Return in words what has been done so far."""
@@ -168,7 +240,7 @@ class ThreadRun(Run):
         away.
     """
 
-    __slots__ = ("_flushed", "_lock", "_struck", "_thread", "open")
+    __slots__ = ("_cancelled", "_flushed", "_lock", "_struck", "_thread", "open")
 
     means = "an exception in its thread"
 
@@ -179,14 +251,21 @@ class ThreadRun(Run):
         self._lock = threading.RLock()
         self._struck = False
         self._flushed = False
+        self._cancelled = False
 
     def press(self, grace: float) -> None:
         """Raise the exception, again."""
+        if self._is_asked(grace):
+            return
         if self._lock.acquire(blocking=False):  # else the thread has it, and the call is over
             try:
                 if self.open:
-                    self._struck = True
-                    strike(self._thread)
+                    # A coroutine is cancelled, at first nothing but that: so it can end decently.
+                    waits = coroutines.cancel(self._thread)
+                    if self._cancelled or not waits:
+                        self._struck = True
+                        strike(self._thread)
+                    self._cancelled = waits
             finally:
                 self._lock.release()
         super().press(grace)
@@ -261,6 +340,12 @@ class ProcessRun(Run):
             self._process = process
             return not self.reason
 
+    def order(self, order: dict[str, Any]) -> None:
+        """Hand an order on to the process."""
+        with self._lock:
+            if self._process is not None:
+                self._process.order(order)
+
     def leave(self) -> bool:
         """Let go of the process; say whether it is untouched, and can run another call."""
         with self._lock:
@@ -268,14 +353,20 @@ class ProcessRun(Run):
             return not self.terminated
 
     def press(self, grace: float) -> None:
-        """Send the process group SIGTERM, and after the grace SIGKILL."""
+        """Send the process group SIGTERM, and after the grace SIGKILL.
+
+        What takes orders is asked first, and a call that runs in it is ended as in a thread.
+        """
         with self._lock:
             if self._process is None:
                 return
-            if not self.terminated:
+            asked = grace if self.terms.mode else 0.0
+            if time.monotonic() - self._since < asked:
+                self._process.order({"kind": "press"})
+            elif not self.terminated:
                 self.terminated = True
                 self._process.signal(signal.SIGTERM)
-            elif not self._killed and time.monotonic() - self._since >= grace:
+            elif not self._killed and time.monotonic() - self._since >= asked + grace:
                 self._killed = True
                 self._process.signal(signal.SIGKILL)
 

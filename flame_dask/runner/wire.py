@@ -15,6 +15,9 @@ from typing import Any, Final
 #: Up to so many bytes are put together for one system call, which is cheaper than several.
 _TOGETHER: Final = 64 * 1024
 
+#: The first part of what a process says while its call runs; an answer begins with a bool.
+NOTE: Final = "note"
+
 _COUNT: Final = struct.Struct("=I")
 
 
@@ -39,8 +42,8 @@ def send(conn: socket.socket, value: object) -> None:
             conn.sendall(part)
 
 
-def receive(stream: io.BufferedIOBase) -> Any:
-    """Read a value from the buffered stream of a socket.
+def receive(stream: io.RawIOBase | io.BufferedIOBase) -> Any:
+    """Read a value from the stream of a socket.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def receive(stream: io.BufferedIOBase) -> Any:
     return pickle.loads(first, buffers=buffers)
 
 
-def _read(stream: io.BufferedIOBase, size: int) -> bytearray:
+def _read(stream: io.RawIOBase | io.BufferedIOBase, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:

@@ -28,6 +28,8 @@ class HostCall:
         Whether it ends with its client (G1).
     retries
         How often it may be started anew when its runner is lost (F1).
+    mode
+        ``track``, ``child`` or ``stream``, if it is more than a call.
     """
 
     __slots__ = (
@@ -42,6 +44,7 @@ class HostCall:
         "key",
         "limit",
         "link",
+        "mode",
         "payload",
         "retries",
         "runs",
@@ -58,6 +61,7 @@ class HostCall:
         asynchronous: bool,
         link: bool,
         retries: int,
+        mode: str = "",
     ) -> None:
         self.key = key
         self.client = client
@@ -68,6 +72,7 @@ class HostCall:
         self.asynchronous = asynchronous
         self.link = link
         self.retries = retries
+        self.mode = mode
         self.runs = 0
         # The key of its Dask task: each run has its own, so that news of an earlier one is known
         # as such (F1).

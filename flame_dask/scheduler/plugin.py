@@ -20,7 +20,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from flame_dask import dask_internals as internals
 from flame_dask import package
-from flame_dask.constants import LAST_RESORT
+from flame_dask.constants import LAST_RESORT, LEAVES
 from flame_dask.core import events as ev
 from flame_dask.core import instructions as do
 from flame_dask.core.backoff import Backoff
@@ -41,6 +41,7 @@ from flame_dask.scheduler.calls import (
 )
 from flame_dask.scheduler.driver import CoreDriver
 from flame_dask.scheduler.inquest import PATIENCE, Verdict
+from flame_dask.scheduler.notes import Notes
 from flame_dask.scheduler.tasks import UNKNOWN, CallTasks
 
 if TYPE_CHECKING:
@@ -151,6 +152,10 @@ class FlameScheduler(SchedulerPlugin):
             "terminated": self._on_terminated,
             "call-lost": self._on_call_lost,
         }
+        told = self.calls, self._tasks.running, self.runner_at, self._send, self._driver.tell
+        self._notes = notes = Notes(scheduler, *told)
+        self._handlers["note"] = notes.on_note
+        self._handlers["order"] = notes.on_order
         internals.listen_to_streams(scheduler, self.receive)
         scheduler.handlers["flame"] = self.answer
         parts = scheduler, self._loop, self.core, self.address_of, self._send_parent
@@ -223,9 +228,10 @@ class FlameScheduler(SchedulerPlugin):
         link: bool,
         retries: int,
         inputs: dict[str, Payload] | None = None,
+        mode: str = "",
         affinity: str | None = None,
     ) -> None:
-        call = HostCall(key, client, payload, inputs, keep, asynchronous, link, retries)
+        call = HostCall(key, client, payload, inputs, keep, asynchronous, link, retries, mode)
         _, run, total = limits
         call.limit = run if total is None else total
         self.calls[key] = call
@@ -236,6 +242,8 @@ class FlameScheduler(SchedulerPlugin):
             call = self.calls.get(key)
             if call is not None:
                 self._release(call)
+            else:
+                self._notes.drop(client, key)
 
     def _release(self, call: HostCall) -> None:
         """Let a call go whose caller is gone, or has its answer."""
@@ -326,7 +334,8 @@ class FlameScheduler(SchedulerPlugin):
             self._tasks.fail(call, late)
         else:
             runner = self.runner_at.get(worker)
-            self._tasks.fail(call, lost_error(call, runner, Verdict()))
+            verdict = Verdict("preempted") if reason == LEAVES else Verdict()
+            self._tasks.fail(call, lost_error(call, runner, verdict))
 
     def _on_call_lost(
         self, worker: str, task: str, cause: str, exit_code: int | None, signal: int | None

@@ -78,6 +78,7 @@ class CallTasks:
         self.running: dict[str, HostCall] = {}
         self.inquest: Inquest[HostCall] = Inquest(loop, self._lose, patience)
         self._scheduler = scheduler
+        self._pool = pool
         self._loop = loop
         self._owner = f"flame-{pool}"
         self._inline_limit = inline_limit
@@ -101,6 +102,8 @@ class CallTasks:
             call.limit,
             call.link,
             call.asynchronous,
+            call.mode,
+            self._pool if call.mode else "",
         )
         run = run_call_async if on_loop else run_call
         spec = internals.make_task(task, run, call.payload, call.inputs, terms)

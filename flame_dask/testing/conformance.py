@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -164,6 +165,46 @@ class Conformance:
         where = pool.call(_where)
         time.sleep(1)
         assert pool.call(_where) == where
+
+    # -- what lives on -------------------------------------------------------------------------
+
+    def test_h1_h2_a_child(self, open_pool: MakePool) -> None:
+        """It keeps what it knows between its calls, and its slot and runner, until it stops."""
+        pool = open_pool(max=1, max_concurrency=1, idle_shutdown_after=0.5)
+        counter = pool.place_child(_Counter, 10)
+        assert [counter.add(5), counter.call("add", 1)] == [15, 16]
+        with pytest.raises(LookupError, match="not there"):
+            counter.fail()
+        with pytest.raises(CallTimeout):
+            pool.call(int, queue_timeout=1)
+        assert counter.add(1) == 17
+        counter.stop()
+        assert counter.result(20 * self._on.slow) is None
+        assert pool.call(int, queue_timeout=60 * self._on.slow) == 0
+
+    def test_i1_i2_i3_a_kept_object(self, open_pool: MakePool) -> None:
+        """It stays where it is, and calls that have it as an argument come to it."""
+        pool = open_pool(max=1, max_concurrency=1, track_resources=True)
+        first, second = pool.call(_keep_two)
+        with first, second:
+            assert pool.call(_where_and_id, first) == pool.call(_where_and_id, first)
+            assert pool.call(lambda x, y: (x.add(1), y.add(1)), first, second) == (2, 3)
+            assert second.call("add", 4) == 7
+            with pytest.raises(CallTimeout):
+                pool.call(int, queue_timeout=1)
+        assert pool.call(int, queue_timeout=20 * self._on.slow) == 0
+
+    def test_b7_a_stream(self, open_pool: MakePool) -> None:
+        """Items in order, an error after them, and an end when nobody takes any more."""
+        pool = open_pool(max=1, max_concurrency=2)
+        assert list(pool.stream(_count, 3000)) == list(range(3000))
+        stream = pool.stream(_count, 3, "not there")
+        assert [next(stream) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(LookupError, match="not there"):
+            next(stream)
+        with pool.stream(_count, 10**9) as endless:
+            assert [next(endless) for _ in range(2000)] == list(range(2000))
+        self._until(lambda: pool.status().leases == 0, 5)
 
     # -- growing and shrinking -----------------------------------------------------------------
 
@@ -310,6 +351,33 @@ def _raise_lookup(x: int) -> None:
 def _where() -> tuple[str, int]:
     """Return the runner's machine and process."""
     return socket.gethostname(), os.getpid()
+
+
+class _Counter:
+    def __init__(self, start: int) -> None:
+        self.value = start
+        self.lock = threading.Lock()  # it can't be sent
+
+    def add(self, by: int) -> int:
+        self.value += by
+        return self.value
+
+    def fail(self) -> None:
+        raise LookupError("not there")
+
+
+def _keep_two() -> tuple[Any, Any]:
+    return flame_dask.keep(_Counter(1)), flame_dask.keep(_Counter(2))
+
+
+def _where_and_id(kept: object) -> tuple[object, ...]:
+    return *_where(), id(kept)
+
+
+def _count(to: int, error: str = "") -> Iterator[int]:
+    yield from range(to)
+    if error:
+        raise LookupError(error)
 
 
 def _stay(seconds: float) -> tuple[str, int]:

@@ -42,6 +42,18 @@ def test_f1_a_call_with_a_retry_left_runs_again_and_its_caller_hears_nothing(los
     assert pool.core.counters["lost"] == 0
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_h1_i1_what_lives_on_is_not_started_anew_and_has_no_deadline(loss):
+    pool, call = running(shutdown_timeout=30.0, run=5.0)
+    pool.keep(call).run_for(60)
+    assert pool.answers == {}
+    LOSSES[loss](pool, call)
+    pool.run_for(10)
+    assert starts(pool, call) == ["pool-1"]
+    assert pool.told(do.Requeued) == []
+    assert isinstance(pool.answers[call], do.Lost)
+
+
 def test_f1_n_retries_are_at_most_n_more_starts():
     pool = Script(max=1).open()
     call = pool.submit(retries=3)

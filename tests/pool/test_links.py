@@ -295,6 +295,57 @@ def test_g2_g3_unlinked_calls_outlive_a_killed_parent(
     assert len(pids(log)) == 1
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_g2_h4_i3_the_parent_of_children_is_killed(
+    program: Run, tmp_path: Path, until: Until, isolation: str
+) -> None:
+    """Linked ones go at once, and what is kept; one that is not linked has ``shutdown_timeout``."""
+    logs = {name: tmp_path / name for name in ("linked", "unlinked", "object", "kept")}
+    running = program(
+        "local" if isolation == "process" else "subprocess",
+        """
+        from flame_dask import keep
+
+        class Object:
+            def __init__(self, log):
+                self.log = log
+                note(log)
+            def stop(self):
+                with open(self.log, "a") as file:
+                    file.write("stopped")
+
+        def leave(log):
+            note(log)
+            return keep(Object(log)), subprocess.Popen(["sleep", "60"])
+
+        def path(name):
+            return os.path.join(sys.argv[1], name)
+
+        pool = FlamePool("doomed", max=1, max_concurrency=5, backend=BACKEND,
+                         isolation=sys.argv[2], shutdown_timeout=2)
+        children = [
+            pool.place_child(stay, path("linked")),
+            pool.place_child(Object, path("object")),
+            pool.place_child(stay, path("unlinked"), link=False),
+        ]
+        kept = pool.call(leave, path("kept"), track_resources=True)
+        time.sleep(60)
+        """,
+        str(tmp_path),
+        isolation,
+    )
+    until(lambda: all(map(lines, logs.values())), 30)
+    [going_on] = pids(logs["unlinked"])
+    running.kill()
+    killed = time.monotonic()
+    if isolation == "process":
+        until(lambda: not alive(*pids(logs["linked"])), 1.8)
+    until(lambda: lines(logs["object"])[1:] == ["stopped"], 1.8)
+    until(lambda: time.monotonic() > killed + 1.2)
+    assert alive(going_on)
+    until(lambda: running.left() == [], 2 + SOON, about="a dead parent's processes")
+
+
 @both
 def test_g2_g3_unlinked_calls_have_shutdown_timeout(
     program: Run, tmp_path: Path, until: Until, where: str
@@ -392,13 +443,13 @@ def test_g3_a_runner_that_never_gets_through_to_its_scheduler(
         """
         cls, options = BACKEND
         backend = (cls, {**options, "preload": [sys.argv[1]]})
-        FlamePool("doomed", min=1, max=1, backend=backend, boot_timeout=3)
+        FlamePool("doomed", min=1, max=1, backend=backend, boot_timeout=8)
         """,
         str(slow),
     )
     until(lambda: mark.exists() and mark.read_text(), 30)
     running.process.send_signal(signal.SIGSTOP)
-    until(lambda: not alive(int(mark.read_text())), 3 + SOON)
+    until(lambda: not alive(int(mark.read_text())), 8 + SOON)
     assert alive(running.process.pid)
 
 

@@ -40,6 +40,7 @@ class Loop:
     def __init__(self, grace: float = 0.4) -> None:
         self.loop = asyncio.new_event_loop()
         self.news: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
         self.terminator = Terminator(self.loop, grace=grace, report=self.news.append)
         self._thread = threading.Thread(target=self.loop.run_forever, name="loop")
         self._thread.start()
@@ -59,6 +60,7 @@ class Loop:
             payload,
             None,
             Terms(call="c", task=task, **given),
+            self.notes.append,
         )
 
     def value(self, fn: Callable[..., Any], *args: Any, **terms: Any) -> Any:

@@ -1,0 +1,116 @@
+"""The way between what runs on a runner and its parent, beside a call and its result.
+
+Most calls have no use for it. What lives on after it has answered (a placed child, tracked
+resources), and what gives more than one answer (a stream, printed lines), talks through it: *notes*
+go to the parent, *orders* come from there. Both take the same streams as calls and results do, by
+way of the host, and so keep their order among each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flame_dask.payload import Payload
+    from flame_dask.runner.threads import Terms
+
+Message = dict[str, Any]
+
+#: How a call is run in the present thread, so that its work can be ended (E3).
+Runner = Callable[["Payload", "dict[str, Payload] | None", "Terms"], "Payload | None"]
+
+#: The channel of the call that runs in this context.
+current: ContextVar[Channel | None] = ContextVar("flame_channel", default=None)
+
+
+class Channel:
+    """A call's end of the way to its parent.
+
+    Parameters
+    ----------
+    send
+        Takes a message on its way to the host; in any thread.
+    run
+        Runs a further call in the present thread.
+
+    Attributes
+    ----------
+    inbox
+        Orders that have come in.
+    dropped
+        Numbers of requests among them that nobody wants any more.
+    children
+        Pids of the processes that the call has started.
+    keeper
+        Keeps what stays of the call, if anything does.
+    asked_first
+        The part of the grace for which work that has to end is just asked to, by an order to stop;
+        0 if it takes no orders, so that it is ended at once.
+    """
+
+    __slots__ = ("asked_first", "children", "dropped", "inbox", "keeper", "run", "send")
+
+    def __init__(self, send: Callable[[Message], None], run: Any) -> None:
+        self.send = send
+        self.run = run
+        self.asked_first = 0.0
+        self.dropped: set[int] = set()
+        self.keeper: Any = None
+        self.children: list[int] = []
+        self.inbox: SimpleQueue[Message] = SimpleQueue()
+
+    def tell(self, kind: str, **body: Any) -> None:
+        """Send a note to the parent; in any thread.
+
+        Parameters
+        ----------
+        kind
+            What it is about.
+        body
+            What it says: only what msgpack can carry.
+        """
+        self.send({"kind": kind, **body})
+
+    def put(self, order: Message) -> None:
+        """Take an order in; in any thread."""
+        if order["kind"] == "drop":
+            self.dropped.add(order["no"])  # it overtakes what it is about
+        elif order["kind"] == "kill":
+            self.asked_first = 0.0  # the order to end its work follows, and is carried out at once
+        else:
+            self.inbox.put(order)
+
+    def get(self, seconds: float | None = None) -> Message | None:
+        """Wait for the next order.
+
+        Parameters
+        ----------
+        seconds
+            How long at most; ``None`` is no limit.
+
+        Returns
+        -------
+        dict or None
+            ``None`` if there was none in time.
+        """
+        try:
+            return self.inbox.get(timeout=seconds)
+        except Empty:
+            return None
+
+
+def here() -> Channel:
+    """Return the channel of the call that runs in this context.
+
+    Raises
+    ------
+    RuntimeError
+        Outside of a runner's calls.
+    """
+    channel = current.get()
+    if channel is None:
+        raise RuntimeError("only a call on a runner of a pool has a way back to its parent")
+    return channel

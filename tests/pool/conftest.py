@@ -1,0 +1,91 @@
+"""A pool for tests of what lives on after its call has answered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import LocalCluster
+from distributed.deploy.subprocess import SubprocessCluster
+
+from flame_dask import Child, FlamePool
+from support import all_children_end
+
+QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
+
+#: Calls in threads with the scheduler in the parent, and in processes with one of its own: how a
+#: call is run and how messages get to it have nothing to do with each other.
+KINDS: dict[str, tuple[str, Any]] = {
+    "thread-local": ("thread", (LocalCluster, QUIET)),
+    "process-subprocess": ("process", (SubprocessCluster, QUIET)),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a pool of each of the two kinds in turn."""
+    isolation, backend = KINDS[request.param]
+    return {"isolation": isolation, "backend": backend}
+
+
+@pytest.fixture(params=["thread", "process"])
+def own(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a test's own pool, of each isolation in turn, where that is quickly there."""
+    return {"isolation": request.param, "backend": (LocalCluster, QUIET)}
+
+
+@pytest.fixture(scope="module")
+def lasting_pool(
+    kind: dict[str, Any], fast: dict[str, Any], until: Callable[..., Any]
+) -> Iterator[FlamePool]:
+    """One runner of eight slots; see ``lasting``."""
+    options = {**fast, **kind, "max_concurrency": 8}
+    with all_children_end(until), FlamePool("lasting", min=1, max=1, **options) as pool:
+        yield pool
+
+
+@pytest.fixture
+def lasting(lasting_pool: FlamePool, until: Callable[..., Any]) -> Iterator[FlamePool]:
+    """The same pool for all tests of a module; each test gives back all slots that it takes."""
+    yield lasting_pool
+    until(lambda: lasting_pool.status().leases == 0, 5, about="a slot is still taken")
+    assert lasting_pool.status().counters["lost"] == 0
+
+
+@contextlib.contextmanager
+def no_children(request: pytest.FixtureRequest, until: Callable[..., Any]) -> Iterator[None]:
+    lasts = "lasting" in request.fixturenames
+    with contextlib.nullcontext() if lasts else all_children_end(until):
+        yield
+
+
+@pytest.fixture
+def processes_end(request: pytest.FixtureRequest, until: Callable[..., Any]) -> Iterator[None]:
+    """For modules that put it in the place of ``nothing_is_left``.
+
+    That one takes the new processes for calls for left over.
+    """
+    with no_children(request, until):
+        yield
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Where calls leave lines."""
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def place(lasting: FlamePool, log: Path) -> Iterator[Callable[..., Child]]:
+    """Place a child on the lasting pool that writes to ``log``, and kill it in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def place(spec: Any, *args: Any, **kwargs: Any) -> Child:
+            child: Child = lasting.place_child(spec, str(log), *args, **kwargs)
+            stack.callback(child.kill)
+            return child
+
+        yield place
