@@ -232,6 +232,41 @@ ENDLESS: Final[dict[str, Callable[[str], Any]]] = {
 """All of them, by name."""
 
 
+# -- what lives on ---------------------------------------------------------------------------------
+
+
+class Tally:
+    """Counts. It is placed as a child, or kept (H, I)."""
+
+    def __init__(self, call: str) -> None:
+        note("start", call)
+        self.call = call
+        self.total = 0
+
+    def add(self, seconds: float) -> int:
+        """Count one, and take a while."""
+        time.sleep(seconds)
+        self.total += 1
+        return self.total
+
+    def stop(self) -> None:
+        """Come to an end in good order."""
+        note("end", self.call)
+
+
+def keeps(call: str) -> Any:
+    """Return something that stays here."""
+    from flame_dask import keep
+
+    return call, [keep(Tally(call))]
+
+
+def counts(call: str, most: int) -> Iterator[int]:
+    """Yield numbers."""
+    with running(call):
+        yield from range(most)
+
+
 # -- what a pool asks its runners ------------------------------------------------------------------
 
 

@@ -37,6 +37,9 @@ HUNG: Final = 15.0
 #: Seconds between two looks at the pool's status.
 SAMPLING: Final = 0.04
 
+#: Seconds that something may live on.
+LIVING: Final = 20.0
+
 #: Bytes that are too many to travel with the completion of a call.
 LARGE: Final = 200_000
 
@@ -72,6 +75,9 @@ KINDS: Final = (
     Kind("exits", 0.4, "exits", again=True),
     Kind("dies", 0.4, "exits", again=True),
     Kind("fills_memory", 0.25, "memory"),
+    Kind("Tally", 3, "children"),
+    Kind("keeps", 2, "tracked"),
+    Kind("counts", 2, "streams"),
     *(Kind(name, 0.6, "endless") for name in calls.ENDLESS),
 )
 
@@ -87,7 +93,7 @@ class Call:
     kind
         What is called.
     how
-        ``call``, ``submit``, ``cancel`` or ``drop``.
+        ``call``, ``submit``, ``cancel`` or ``drop``; ``live`` for what lives on.
     limit
         Seconds within which it has to be over.
     keywords
@@ -159,6 +165,8 @@ class Parent:
     def start_threads(self, pool: FlamePool) -> list[threading.Thread]:
         """Start the threads that call, and the one that looks at the status."""
         targets: list[Callable[[], None]] = [lambda: self.sample(pool)]
+        if "configure" in self.features:
+            targets.append(lambda: self.configure(pool))
         for number in range(self.plan["callers"]):
             targets.append(lambda number=number: self.make_calls(pool, number))  # type: ignore[misc]
         threads = [threading.Thread(target=target, daemon=True) for target in targets]
@@ -188,6 +196,18 @@ class Parent:
                 samples = 0
             self.stopping.wait(SAMPLING)
         self.note("status", most=most, max=limit, samples=samples)
+
+    def configure(self, pool: FlamePool) -> None:
+        """Change the pool's options now and then, never beyond what it began with (C8)."""
+        rng = random.Random(f"{self.plan['seed']}/{self.life}/configure")
+        most = self.plan["options"]["max"]
+        while not self.stopping.wait(rng.uniform(0.5, 4.0)):
+            limit = rng.randint(1, most)
+            change = {"max": limit, "min": rng.randint(0, limit), "buffer": rng.choice([0, 0, 1])}
+            try:
+                pool.configure(**change)
+            except PoolClosed:
+                break
 
     # -- calling -------------------------------------------------------------------------------
 
@@ -225,6 +245,8 @@ class Parent:
         [how] = rng.choices(list(weights), list(weights.values()))
         keywords: dict[str, Any] = {}
         limit = self.queue_timeout + self.timeout
+        if kind.feature in ("children", "tracked", "streams"):
+            return Call(name, kind, "live", limit + LIVING, {}, 0.0)
         chance = rng.random()
         if kind.name == "fills_memory":
             limit = keywords["timeout"] = self.timeout
@@ -275,7 +297,9 @@ class Parent:
         )
         due = made + call.limit
         try:
-            if call.how == "call":
+            if call.how == "live":
+                value = self.live(pool, call)
+            elif call.how == "call":
                 value = pool.call(function, *arguments, **call.keywords)
             else:
                 future = pool.submit(function, *arguments, **call.keywords)
@@ -306,6 +330,35 @@ class Parent:
             outcome = "value" if right else "wrong"
             self.note("over", call=call.name, due=due, outcome=outcome)
         return True
+
+    def live(self, pool: FlamePool, call: Call) -> Any:
+        """Have something live on, use it, and bring it to its end; return whether it was right."""
+        rng = random.Random(f"{self.plan['seed']}/{call.name}")
+        uses = rng.randint(0, 20)
+        if call.kind.name == "counts":
+            most = rng.choice([3, 300, 30_000])
+            with pool.stream(calls.counts, call.name, most, timeout=LIVING) as numbers:
+                wanted = most if rng.random() < 0.5 else uses
+                found = [number for number, _ in zip(numbers, range(wanted), strict=False)]
+            return call.name if found == list(range(min(most, wanted))) else found
+        if call.kind.name == "keeps":
+            _, [tally] = pool.call(calls.keeps, call.name, track_resources=True)
+        else:
+            tally = pool.place_child(calls.Tally, call.name)
+        limit = LIVING / (uses + 2)
+        for number in range(1, uses + 1):
+            total = tally.call("add", rng.uniform(0.0, 0.05), timeout=limit)
+            if total != number:
+                return total
+        end = rng.random()
+        if call.kind.name == "keeps":
+            if end < 0.5:
+                tally.release()
+        elif end < 0.5:
+            tally.stop(limit)
+        elif end < 0.7:
+            tally.kill()
+        return call.name  # or else it is dropped
 
     def result(self, future: PoolFuture[Any], call: Call) -> Any:
         """Wait for a future, but not for ever."""
