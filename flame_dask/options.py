@@ -242,7 +242,6 @@ def _unless_none(remedy: str) -> NotYet:
 _OFF: Final = NotYet(bool, "leave it out, or give False")
 
 NOT_YET: Final[dict[str, NotYet]] = {
-    "log": _OFF,
     "code_sync": _unless_none("leave it out, and install your code where the runners are"),
 }
 """Values of pool options that are part of the contract but refused in this version, by field."""

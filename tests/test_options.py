@@ -496,10 +496,7 @@ def test_e1_queue_timeout_is_boot_timeout_unless_given():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [
-        ("log", True),
-        ("code_sync", {}),
-    ],
+    [("code_sync", {})],
 )
 def test_a2_what_is_not_carried_out_is_refused(option, value):
     error = refused(**{option: value})

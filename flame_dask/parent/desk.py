@@ -11,7 +11,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,12 +48,17 @@ class CallDesk:
         The pool's Dask client.
     port
         The way to the pool's host.
+    fire
+        Has a function called with arguments in a thread that may wait.
     """
 
-    def __init__(self, pool: str, client: PoolClient, port: Port) -> None:
+    def __init__(
+        self, pool: str, client: PoolClient, port: Port, fire: Callable[..., None]
+    ) -> None:
         self.pool = pool
         self.client = client
         self.port = port
+        self._fire = fire
         self.closed: FlameError | None = None
         self._open: dict[str, CallState] = {}
         #: Calls that live on, and what takes the items of streams, by their keys.
@@ -305,6 +310,8 @@ class CallDesk:
             self.kept[key].answered(**body)
         elif kind == "items" and key in self.streams:
             self.streams[key](**body)
+        elif kind == "log":
+            self._fire(partial(self.log, key, runner, **body))
 
     def _keep(self, key: str, runner: str, process: str, result: Any, held: Any) -> None:
         """Take the result of a call that lives on (H1, I1)."""
@@ -318,6 +325,14 @@ class CallDesk:
         kept.take(state, held)
         state.kept = kept
         state.deliver(Payload.from_parts(result))
+
+    def log(self, call: str, runner: str, source: str, level: int, lines: Sequence[str]) -> None:
+        """Log what a call has printed or logged, a record a line (B8)."""
+        extra = {"flame_pool": self.pool, "flame_runner": runner, "flame_call": call}
+        heard = logging.getLogger(f"flame.{self.pool}")
+        for line in lines:
+            args = runner, call, line
+            heard.log(level, "%s %s: %s", *args, extra={**extra, "flame_source": source})
 
     def stop_kept(self, limit: float | None) -> None:
         """Ask what lives on and is linked to end in so many seconds, since its parent does (G1)."""

@@ -71,6 +71,7 @@ class PoolLife(SyncMethodMixin):
         self._closer: asyncio.Future[None] | None = None
         self._hooks = HookThread(name)
         self._settlers = HookThread(f"{name}-executors")
+        self._heard = HookThread(f"{name}-log")
         self._cast_errors = 0
         self._died = False
         self._on_death: Callable[[], None] = lambda: None
@@ -154,6 +155,7 @@ class PoolLife(SyncMethodMixin):
             parent=here.describe(
                 self.name, getattr(self._backend, "kind", type(self.cluster).__name__)
             ),
+            log=options.log,
         )
         self._host, self._runner = host, runner
         loop = asyncio.get_running_loop()
@@ -166,7 +168,7 @@ class PoolLife(SyncMethodMixin):
         else:
             await install_remote(self.client, host, plugin, runner.name)
             self._port = CommPort(loop, self.client)
-        self._desk = CallDesk(self.name, self.client, self._port)
+        self._desk = CallDesk(self.name, self.client, self._port, self._heard.fire)
         # A cluster of another kind than SpecCluster has no place for it, or another `adapt`.
         adapt: Callable[..., Any] = partial(PoolAdaptive, self.cluster)
         if isinstance(self.cluster, SpecCluster):
@@ -295,6 +297,7 @@ class PoolLife(SyncMethodMixin):
                 parts.enter_context(internals.loop_held(self._loop))
             parts.callback(self._hooks.close, GRACE)
             parts.callback(self._settlers.close, GRACE)
+            parts.callback(self._heard.close, GRACE)
             if self.cluster is not None:
                 parts.callback(self._backend.close, self.cluster)
             if self.client is not None:
@@ -308,6 +311,7 @@ class PoolLife(SyncMethodMixin):
             parts.callback(self._over)
             parts.push_async_callback(asyncio.to_thread, self._hooks.close, GRACE)
             parts.push_async_callback(asyncio.to_thread, self._settlers.close, GRACE)
+            parts.push_async_callback(asyncio.to_thread, self._heard.close, GRACE)
             if self.cluster is not None:
                 parts.push_async_callback(self._close_cluster)
             if self.client is not None:

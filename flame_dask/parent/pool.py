@@ -72,6 +72,8 @@ class FlamePool(PoolLife):
         stay on its runner.
     env
         Environment variables of the runners.
+    log
+        Whether what calls print and log comes to the parent's logger ``flame.NAME``.
     asynchronous
         Whether methods return awaitables, as everywhere in Dask.
 

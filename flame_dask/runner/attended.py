@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from flame_dask.payload import Payload
 from flame_dask.runner import wire
-from flame_dask.runner.channel import Channel, Message
-from flame_dask.runner.execution import run_in_thread, run_request
+from flame_dask.runner.channel import Channel, Message, current
+from flame_dask.runner.execution import run_in_thread, run_request, work
+from flame_dask.runner.output import CallOutput
 from flame_dask.runner.terminator import PRESS_EVERY
 from flame_dask.runner.threads import Run, Terms
 
@@ -68,9 +69,44 @@ class Attendant:
         run.press(_GRACE)
 
 
+def _channel(conn: socket.socket, log: bool) -> tuple[Channel, threading.Lock]:
+    """Return a call's way to its parent, and the lock that is held while a note is written."""
+    lock = threading.Lock()  # notes may come from several threads
+
+    def send(message: Message) -> None:
+        with lock, suppress(OSError):  # the runner is gone: this process is about to
+            wire.send(conn, (wire.NOTE, message))
+
+    channel = Channel(send, None)
+    if log:
+        channel.output = CallOutput(channel.tell)
+    return channel, lock
+
+
+def audible(
+    conn: socket.socket,
+    payload: Payload,
+    inputs: Mapping[str, Payload] | None,
+    terms: Terms,
+) -> Payload | None:
+    """Run a call in this thread, and have the parent hear what it says.
+
+    Parameters, returns and errors are those of :func:`attended`.
+    """
+    channel, lock = _channel(conn, True)
+    around = current.set(channel)
+    try:
+        result = work(payload, inputs, terms)
+    finally:
+        current.reset(around)
+    with lock:  # nothing is half written when the answer follows
+        return result
+
+
 def attended(
     conn: socket.socket,
     stream: io.BufferedIOBase,
+    log: bool,
     payload: Payload,
     inputs: Mapping[str, Payload] | None,
     terms: Terms,
@@ -81,6 +117,8 @@ def attended(
     ----------
     conn, stream
         The way to the runner.
+    log
+        Whether the parent hears what it prints and logs.
     payload, inputs, terms
         The call.
 
@@ -94,14 +132,8 @@ def attended(
     CallRaised
         With what it has raised.
     """
-    lock = threading.Lock()  # notes may come from several threads
-
-    def send(message: Message) -> None:
-        with lock, suppress(OSError):  # the runner is gone: this process is about to
-            wire.send(conn, (wire.NOTE, message))
-
     attendant: Any = Attendant()
-    channel = Channel(send, None)
+    channel, lock = _channel(conn, log)
     channel.run = partial(run_request, attendant, channel)
 
     def listen() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flame_dask.payload import Payload
+    from flame_dask.runner.output import CallOutput
     from flame_dask.runner.threads import Terms
 
 Message = dict[str, Any]
@@ -46,12 +47,14 @@ class Channel:
         Pids of the processes that the call has started.
     keeper
         Keeps what stays of the call, if anything does.
+    output
+        Takes what the call writes, if the parent is to see that.
     asked_first
         The part of the grace for which work that has to end is just asked to, by an order to stop;
         0 if it takes no orders, so that it is ended at once.
     """
 
-    __slots__ = ("asked_first", "children", "dropped", "inbox", "keeper", "run", "send")
+    __slots__ = ("asked_first", "children", "dropped", "inbox", "keeper", "output", "run", "send")
 
     def __init__(self, send: Callable[[Message], None], run: Any) -> None:
         self.send = send
@@ -60,6 +63,7 @@ class Channel:
         self.dropped: set[int] = set()
         self.keeper: Any = None
         self.children: list[int] = []
+        self.output: CallOutput | None = None
         self.inbox: SimpleQueue[Message] = SimpleQueue()
 
     def tell(self, kind: str, **body: Any) -> None:

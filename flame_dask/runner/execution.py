@@ -19,7 +19,7 @@ from distributed import get_worker
 
 from flame_dask.dask_internals import attach_result
 from flame_dask.payload import Payload, check_exception, pack_value
-from flame_dask.runner import coroutines, offspring
+from flame_dask.runner import coroutines, offspring, output
 from flame_dask.runner.channel import Channel, current
 from flame_dask.runner.threads import CallRaised, CallTerminated, CoroutineRun, Terms, ThreadRun
 
@@ -66,14 +66,22 @@ def run_call(
     if plugin is None:
         return _hand_over(work(payload, inputs, terms), terms)
     if plugin.processes is None:
-        channel = None
-        if terms.mode:
-            channel = Channel(partial(plugin.note, terms.task), None)
-            channel.run = partial(run_request, plugin.terminator, channel)
+        channel = _channel(plugin, terms)
         return run_in_thread(plugin.terminator, payload, inputs, terms, channel)
     note = partial(plugin.note, terms.task)
     result = plugin.processes.run(plugin.terminator, payload, inputs, terms, note)
     return _hand_over(result, terms)
+
+
+def _channel(plugin: Any, terms: Terms) -> Channel | None:
+    """Return the way of a call to its parent; most calls need none."""
+    if not terms.mode and not plugin.log:
+        return None
+    channel = Channel(partial(plugin.note, terms.task), None)
+    channel.run = partial(run_request, plugin.terminator, channel)
+    if plugin.log:
+        channel.output = output.CallOutput(channel.tell)
+    return channel
 
 
 def run_in_thread(
@@ -156,7 +164,7 @@ def run_request(
     """
     # It is ended by itself: the other one's order to stop is not for it.
     inner = Channel(channel.send, channel.run)
-    inner.keeper = channel.keeper
+    inner.keeper, inner.output = channel.keeper, channel.output
     number = int(terms.task.rpartition("/")[2])
     try:
         return run_in_thread(
@@ -187,7 +195,7 @@ async def run_call_async(
         return await _work_async(payload, inputs, terms)
     terminator: Terminator = plugin.terminator
     run = CoroutineRun(terms)
-    channel = Channel(partial(plugin.note, terms.task), None) if terms.mode else None
+    channel = _channel(plugin, terms)
     if not terminator.enter(run):
         terminator.leave(run)
         return None
@@ -246,6 +254,8 @@ def work(payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms) -
         raise
     except BaseException as error:
         failure = _carried(error)
+    finally:
+        output.finish(current.get())
     # Not above: the error would become the context of its own carrier, and travel twice.
     raise failure
 
@@ -262,6 +272,8 @@ async def _work_async(
         if task is not None and task.cancelling():
             raise  # the work is being ended, or the runner is closing
         failure = _carried(error)
+    finally:
+        output.finish(current.get())
     raise failure
 
 

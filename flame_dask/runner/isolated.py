@@ -196,12 +196,19 @@ class CallProcesses:
         Kills their groups if the runner can't.
     grace
         Seconds between SIGTERM and SIGKILL.
+    log
+        Whether what calls print and log goes to their parent.
     """
 
     def __init__(
-        self, info: here.ParentInfo | None, runner: str, guard: Guard, grace: float
+        self,
+        info: here.ParentInfo | None,
+        runner: str,
+        guard: Guard,
+        grace: float,
+        log: bool = False,
     ) -> None:
-        self._setting = info, runner
+        self._setting = info, runner, log
         self._guard = guard
         self._grace = grace
         self._lock = threading.Lock()

@@ -24,8 +24,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from flame_dask.runner import here, wire
-from flame_dask.runner.attended import attended
+from flame_dask.runner import here, output, wire
+from flame_dask.runner.attended import attended, audible
 from flame_dask.runner.execution import CallRaised, work
 
 #: How a process has ended, as the nursery tells it: an exit code, or a negative signal.
@@ -122,16 +122,20 @@ def _become_call_process(conn: int, unused: list[int]) -> None:
 def _serve(conn: socket.socket) -> None:
     """Run calls, one after the other, until the runner is gone."""
     with conn, conn.makefile("rb") as stream, suppress(EOFError):
-        path, info, runner = wire.receive(stream)
+        path, info, runner, log = wire.receive(stream)
         sys.path[:] = path
         here.arrive(info, runner)
+        if log:
+            output.install()
+        run = partial(audible, conn) if log else work
         wire.send(conn, os.getpid())
         while True:
             payload, inputs, terms = wire.receive(stream)
             if terms.mode:
-                wire.send(conn, _answer(partial(attended, conn, stream), payload, inputs, terms))
+                attend = partial(attended, conn, stream, log)
+                wire.send(conn, _answer(attend, payload, inputs, terms))
                 return  # some of its orders may still be on their way
-            wire.send(conn, _answer(work, payload, inputs, terms))
+            wire.send(conn, _answer(run, payload, inputs, terms))
             # What was pickled in it need not wait for the next call.
             del payload, inputs
 

@@ -18,7 +18,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from flame_dask import dask_internals as internals
 from flame_dask.constants import GRACE_MARGIN, LAST_RESORT, LEAVES
 from flame_dask.payload import Payload, pack_value
-from flame_dask.runner import here, lifeline, offspring, signals
+from flame_dask.runner import here, lifeline, offspring, output, signals
 from flame_dask.runner.guard import Guard
 from flame_dask.runner.isolated import CallProcesses
 from flame_dask.runner.memory import MemoryWatch
@@ -55,6 +55,8 @@ class FlameRunner(WorkerPlugin):
         Seconds that it may take.
     parent
         What the runner is to know of its parent.
+    log
+        Whether what calls print and log goes to the parent (B8).
 
     Attributes
     ----------
@@ -80,6 +82,7 @@ class FlameRunner(WorkerPlugin):
         idle_check: Callable[[], object] | None = None,
         idle_limit: float = IDLE_LIMIT,
         parent: here.ParentInfo | None = None,
+        log: bool = False,
     ) -> None:
         self.pool = pool
         self.isolation = isolation
@@ -89,6 +92,7 @@ class FlameRunner(WorkerPlugin):
         self.idle_check: Payload | None = None if idle_check is None else pack_value(idle_check)
         self.idle_limit = idle_limit
         self.parent = parent
+        self.log = log
         self.id: str | None = None
         self.threads: int | None = None
 
@@ -126,11 +130,13 @@ class FlameRunner(WorkerPlugin):
                 guard = self._own_guard = Guard()
             else:
                 guard = watch.guard
-            self.processes = CallProcesses(self.parent, name, guard, self.grace)
+            self.processes = CallProcesses(self.parent, name, guard, self.grace, self.log)
         elif self._own_process:
             offspring.install()
         self._memory: MemoryWatch | None = None
         self._undo: list[Callable[[], object]] = []
+        if self._own_process and self.log and self.processes is None:
+            self._undo.append(output.install())
         if self._own_process:
             limit, give_back = internals.take_over_memory(worker)
             self._undo.append(give_back)
