@@ -8,14 +8,18 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from flame_dask.constants import GRACE_MARGIN
 from flame_dask.errors import CallCancelled, CallTimeout, FlameError
 from flame_dask.parent.futures import CallState
 from flame_dask.payload import Payload
 
 if TYPE_CHECKING:
     from flame_dask.parent.desk import CallDesk
+
+#: What a request did when its time was up.
+Phase = Literal["queued", "running"]
 
 #: How long the next one may queue, run, and take in all.
 Limits = tuple[float | None, ...]
@@ -34,7 +38,7 @@ class Hold:
 class _Request:
     """A call to what another call keeps."""
 
-    __slots__ = ("holds", "limits", "line", "made", "since", "started", "state", "timer")
+    __slots__ = ("expired", "holds", "limits", "line", "made", "since", "started", "state", "timer")
 
     def __init__(
         self, state: CallState, holds: Sequence[Hold], limits: Limits, line: _Line
@@ -45,6 +49,8 @@ class _Request:
         self.line = line
         self.made = self.since = time.monotonic()
         self.started: float | None = None
+        # The limit that has passed, while the runner is asked whether it has begun.
+        self.expired: float | None = None
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -230,8 +236,15 @@ class Kept:
         self._set_clock(request, queue if total is None else total)
         self._move_on(request.line)
 
-    def answered(self, no: int, result: Any = None, failure: Any = None, held: Any = ()) -> None:
-        """Take the answer to a request."""
+    def answered(
+        self,
+        no: int,
+        result: Any = None,
+        failure: Any = None,
+        held: Any = (),
+        dropped: bool = False,
+    ) -> None:
+        """Take the answer to a request, or that it was dropped and never begins."""
         request = self._requests.get(no)
         if request is None:
             self._take(held)  # nobody wants it any more
@@ -242,6 +255,8 @@ class Kept:
             self.desk.raised(key, Payload.from_parts(failure))
         elif result is not None:
             self.desk.result(key, result)
+        elif request.expired is not None:
+            self._time_out(request, request.expired, "queued" if dropped else "running")
         # Else it was ended there, and its time is up here in a moment.
 
     def _take(self, held: Any) -> list[Hold]:
@@ -300,7 +315,7 @@ class Kept:
         """Take note that it is the turn of a request; its time to run begins (E1)."""
         request.started = time.monotonic()
         _, run, total = request.limits
-        if total is None:
+        if total is None and request.expired is None:
             if request.timer is not None:
                 request.timer.cancel()
             self._set_clock(request, run)
@@ -312,16 +327,26 @@ class Kept:
             request.timer = loop.call_later(limit, self._expire, request, limit)
 
     def _expire(self, request: _Request, limit: float) -> None:
-        now, started = time.monotonic(), request.started
-        queued = (now if started is None else started) - request.since
-        running = 0.0 if started is None else now - started
-        key = str(request.state.key)
+        """See to a request whose time is up: its work ends, its caller is told."""
+        if request.started is not None:
+            self._time_out(request, limit, "running")
+        else:
+            # Requests are sent ahead of their turn, and this one's may come while the order to drop
+            # it is on its way. Who hears "queued" may try again: only the runner can say it (E2).
+            request.expired = limit
+            request.timer = asyncio.get_running_loop().call_later(
+                GRACE_MARGIN, self._time_out, request, limit, "running"
+            )
+        self.desk.port.post({"what": "release", "keys": [str(request.state.key)]})
+
+    def _time_out(self, request: _Request, limit: float, phase: Phase) -> None:
+        now = time.monotonic()
+        started = now if phase == "queued" or request.started is None else request.started
         error = CallTimeout(
-            "queued" if started is None else "running",
-            queued=queued,
-            running=running,
+            phase,
+            queued=started - request.since,
+            running=now - started,
             limit=limit,
-            call=key,
+            call=str(request.state.key),
         )
-        self.desk.error(key, error)
-        self.desk.port.post({"what": "release", "keys": [key]})
+        self.desk.error(str(request.state.key), error)

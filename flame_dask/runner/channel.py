@@ -8,6 +8,7 @@ way of the host, and so keep their order among each other.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
@@ -41,8 +42,6 @@ class Channel:
     ----------
     inbox
         Orders that have come in.
-    dropped
-        Numbers of requests among them that nobody wants any more.
     children
         Pids of the processes that the call has started.
     keeper
@@ -54,13 +53,27 @@ class Channel:
         0 if it takes no orders, so that it is ended at once.
     """
 
-    __slots__ = ("asked_first", "children", "dropped", "inbox", "keeper", "output", "run", "send")
+    __slots__ = (
+        "_begun",
+        "_dropped",
+        "_lock",
+        "asked_first",
+        "children",
+        "inbox",
+        "keeper",
+        "output",
+        "run",
+        "send",
+    )
 
     def __init__(self, send: Callable[[Message], None], run: Any) -> None:
         self.send = send
         self.run = run
         self.asked_first = 0.0
-        self.dropped: set[int] = set()
+        # Numbers of the requests that have begun, and of those that nobody wants any more.
+        self._begun: set[int] = set()
+        self._dropped: set[int] = set()
+        self._lock = threading.Lock()
         self.keeper: Any = None
         self.children: list[int] = []
         self.output: CallOutput | None = None
@@ -81,11 +94,31 @@ class Channel:
     def put(self, order: Message) -> None:
         """Take an order in; in any thread."""
         if order["kind"] == "drop":
-            self.dropped.add(order["no"])  # it overtakes what it is about
+            self._drop(order["no"])  # it overtakes what it is about
         elif order["kind"] == "kill":
             self.asked_first = 0.0  # the order to end its work follows, and is carried out at once
         else:
             self.inbox.put(order)
+
+    def begin(self, no: int) -> bool:
+        """Take note that a request begins; say whether it may."""
+        with self._lock:
+            self._begun.add(no)
+            return no not in self._dropped
+
+    def over(self, no: int) -> None:
+        """Take note that a request has been answered."""
+        with self._lock:
+            self._begun.discard(no)
+            self._dropped.discard(no)
+
+    def _drop(self, no: int) -> None:
+        """See to it that a request does not begin; the parent is told so, unless it has."""
+        with self._lock:
+            self._dropped.add(no)
+            begun = no in self._begun
+        if not begun:
+            self.tell("answer", no=no, dropped=True)
 
     def get(self, seconds: float | None = None) -> Message | None:
         """Wait for the next order.

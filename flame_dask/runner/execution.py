@@ -174,7 +174,7 @@ def run_request(
             terms,
             inner,
             hand_over=lambda result, _: result,
-            wanted=lambda: number not in channel.dropped,
+            wanted=partial(channel.begin, number),
         )
     finally:
         if inner.children:

@@ -213,10 +213,10 @@ class Keeper:
                 self._release(number)
             self._channel.tell("answer", no=no, failure=error.payload.parts())
         else:
-            # Without a result it was ended, and its caller has an answer already.
+            # Without one it was ended: its caller has an answer, or takes that for one.
             parts = None if result is None else result.parts()
             self._channel.tell("answer", no=no, result=parts, held=self.held())
-        self._channel.dropped.discard(no)
+        self._channel.over(no)
 
 
 def run_tracked(

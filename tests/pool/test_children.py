@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import subprocess
 import threading
@@ -35,6 +36,7 @@ from support import (
     lines,
     note,
     pids,
+    runner_pid,
     spin,
     spin_async,
     wait_for_file,
@@ -343,6 +345,35 @@ def test_h2_e1_the_two_limits_of_a_method(place: Callable[..., Child], tmp_path:
     (tmp_path / "gate").touch()
     assert isinstance(first.result(10), int)
     assert child.add() == 1
+
+
+def test_h2_e2_queued_is_what_never_begins(
+    lasting: FlamePool, place: Callable[..., Child], tmp_path: Path, until: Until
+) -> None:
+    """Who hears it may call the method again; of one that may have begun it is not said.
+
+    The runner is frozen as the time passes. The method's turn comes then, though nobody hears of it
+    who could say so: in a process of its own at once, in a thread as the runner goes on.
+    """
+    child = place(Counter)
+    began, gate = tmp_path / "began", tmp_path / "gate"
+    first = child.submit("gate", str(began), str(gate))
+    late = child.submit("add", queue_timeout=1)
+    until(lambda: lines(began))
+    runner = runner_pid(lasting)
+    lasting.call(abs, -1)  # the method has arrived before that
+    os.kill(runner, signal.SIGSTOP)
+    try:
+        gate.touch()
+        sent = time.monotonic()
+        with pytest.raises(CallTimeout) as caught:
+            late.result(10)
+        assert time.monotonic() - sent < 3
+    finally:
+        os.kill(runner, signal.SIGCONT)
+    assert caught.value.phase == "running"
+    assert isinstance(first.result(10), int)
+    assert child.call("add", timeout=10) in (1, 2)
 
 
 def test_h2_e4_a_method_is_cancelled(
