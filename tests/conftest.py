@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import os
 import re
 import signal
 import tempfile
@@ -15,6 +16,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# For the interpreters that are started: numpy's library makes its threads when it is imported, and
+# Dask imports numpy. That would be a tenth of what a runner takes to start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import cloudpickle
 import psutil
@@ -91,13 +96,15 @@ def until(condition: Callable[..., Any], deadline: float = 10.0, *, about: str =
     It fails the test when ``deadline`` seconds have passed.
     """
     end = time.monotonic() + deadline
+    pause = 0.005
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() >= end:
             pytest.fail(f"not within {deadline:g} s: {about or _source(condition)}")
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.05)  # to look takes time from what is waited for
 
 
 def _source(condition: Callable[[], Any]) -> str:

@@ -98,7 +98,7 @@ class ECS(Moto):
         self._over = threading.Event()
         self._lock = threading.Lock()
         make_site(folder / "site")
-        super().__init__()
+        super().__init__(folder)
         # Otherwise each look at a task would take it a step further to its end.
         state_manager.set_transition("ecs::task", {"progression": "manual", "times": 10**9})
         self._thread = threading.Thread(target=self._attend, name="ecs-agent", daemon=True)
@@ -236,7 +236,9 @@ class ECS(Moto):
             command = self.commands.pop(0)
         elif command[0] == "dask":
             # Its own address, so that no two tasks are taken for one machine.
-            command = [sys.executable, "-m", *command, "--host", f"127.0.5.{next(self._numbers)}"]
+            command += ["--host", f"127.0.5.{next(self._numbers)}"]
+            # "dask worker" would import the commands of all packages first.
+            command[:2] = [sys.executable, "-m", "distributed.cli.dask_worker"]
         environment = {each["name"]: each["value"] for each in override.get("environment", ())}
         folder = self.folder / task.id
         folder.mkdir()

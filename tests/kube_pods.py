@@ -65,7 +65,7 @@ class Pod:
         self._env |= {name: resolve(value) for name, value in own.items()}
         words = [*(self._container.get("command") or []), *(self._container.get("args") or [])]
         words = [re.sub(r"\$\((\w+)\)", lambda found: self._env[found[1]], w) for w in words]
-        self._command = [*_program(self._image, words), *map(resolve, words[1:])]
+        self._command = _program(self._image, [words[0], *map(resolve, words[1:])])
         self._grace = float(spec.get("terminationGracePeriodSeconds", 30))
         self._end_at = float("inf")
         self._ended = threading.Event()
@@ -158,6 +158,6 @@ def _terminated(code: int) -> Resource:
 def _program(image: str, words: list[str]) -> list[str]:
     if image == BROKEN_IMAGE:
         return [sys.executable, "-c", f"import sys; print({LAST_WORDS!r}); sys.exit(3)"]
-    if words[0] == "dask":
-        return [sys.executable, "-m", "dask"]
-    return [sys.executable, "-m", f"distributed.cli.{words[0].replace('-', '_')}"]
+    if words[0] == "dask":  # which would import the commands of all packages first
+        words = [f"dask_{words[1]}", *words[2:]]
+    return [sys.executable, "-m", f"distributed.cli.{words[0].replace('-', '_')}", *words[1:]]

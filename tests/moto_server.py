@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from distributed import Security
 from moto.server import ThreadedMotoServer
 
 ACCOUNT = "123456789012"
@@ -13,13 +15,20 @@ REGION = "us-east-1"
 class Moto:
     """A server.
 
+    Parameters
+    ----------
+    folder
+        Where it may leave a file.
+
     Attributes
     ----------
     environment
         Variables by which Amazon's own client finds it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        authorities = folder / "authorities.pem"
+        authorities.write_text(Security.temporary().tls_ca_file)
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         host, port = self._server.get_host_and_port()
@@ -29,6 +38,8 @@ class Moto:
             "AWS_SECRET_ACCESS_KEY": "testing",
             "AWS_DEFAULT_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",
+            # Each client reads them all though it needs none here; usually there are 150.
+            "AWS_CA_BUNDLE": str(authorities),
             "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
         }
 

@@ -234,10 +234,11 @@ class GatewayServer(NamedTuple):
         It is told by its folder, which is one of the server's.
         """
         found = []
+        program = f"distributed.cli.dask_{kind}"
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 here = process.cwd().startswith(f"{self.folder}/clusters/{cluster}")
-                if here and (kind in process.cmdline() or not kind):
+                if here and (program in process.cmdline() or not kind):
                     found.append(process)
         return found
 

@@ -149,7 +149,7 @@ class EC2(Moto):
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._ending = threading.Lock()
-        super().__init__()
+        super().__init__(folder)
         self._thread = threading.Thread(target=self._attend, name="ec2-agent", daemon=True)
 
     @contextlib.contextmanager

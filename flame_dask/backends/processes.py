@@ -114,6 +114,7 @@ class ProcessBackend(SpecBackend):
             rest["host"] = options.host
         self._factory = subprocess_cluster if factory is SubprocessCluster else factory
         self._boot_timeout = options.boot_timeout
+        self._isolation = options.isolation
         self._security = secure.security_of(options, rest.get("host"))
         self._env = {
             **rest.pop("env", {}),
@@ -161,6 +162,7 @@ class ProcessBackend(SpecBackend):
             "worker_kwargs": self._worker_kwargs,
             "env": self._env,
             "boot_timeout": self._boot_timeout,
+            "isolation": self._isolation,
         }
 
     def close(self, cluster: Any) -> Any:

@@ -6,12 +6,12 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from flame_dask import package
 
 #: Tells this process from all others, also from one that has its pid later.
-_PROCESS: Final = uuid.uuid4().hex
+_process = uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,23 @@ def describe(pool: str, backend: str) -> ParentInfo:
     backend
         The name of its cluster class.
     """
-    return ParentInfo(pool, backend, package.versions(), _PROCESS)
+    return ParentInfo(pool, backend, package.versions(), _process)
 
 
 def process() -> str:
     """Return what tells this process from all others; a forked one has its own."""
-    return f"{_PROCESS}-{os.getpid()}"
+    return f"{_process}-{os.getpid()}"
 
 
 def is_parent(info: ParentInfo | None) -> bool:
     """Tell whether this process is the parent itself: a cluster may have its workers in it."""
-    return info is not None and info.process == _PROCESS
+    return info is not None and info.process == _process
+
+
+def become_another() -> None:
+    """Take note that this process was forked, and is to be told from the one that it comes from."""
+    global _process  # noqa: PLW0603  # there is one such thing a process
+    _process = uuid.uuid4().hex
 
 
 def arrive(info: ParentInfo | None, runner: str) -> None:
@@ -103,4 +109,13 @@ def parent() -> Parent | None:
     return _parent
 
 
-__all__ = ["Parent", "ParentInfo", "arrive", "depart", "describe", "is_parent", "parent"]
+__all__ = [
+    "Parent",
+    "ParentInfo",
+    "arrive",
+    "become_another",
+    "depart",
+    "describe",
+    "is_parent",
+    "parent",
+]

@@ -27,7 +27,7 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from flame_dask.payload import Payload
-from flame_dask.runner import here, memory, offspring, wire
+from flame_dask.runner import here, memory, nursery, offspring, wire
 from flame_dask.runner.channel import Message
 from flame_dask.runner.guard import Guard
 from flame_dask.runner.nursery import FORK, STATUS
@@ -212,7 +212,7 @@ class CallProcesses:
         self._guard = guard
         self._grace = grace
         self._lock = threading.Lock()
-        self._nursery: subprocess.Popen[bytes] | None = None
+        self._nursery: subprocess.Popen[bytes] | nursery.Forked | None = None
         self._control: socket.socket | None = None
         self._idle: list[CallProcess] = []
         self._busy: set[CallProcess] = set()
@@ -294,8 +294,8 @@ class CallProcesses:
     @property
     def nursery(self) -> int | None:
         """The pid of the nursery."""
-        nursery = self._nursery
-        return None if nursery is None else nursery.pid
+        forker = self._nursery
+        return None if forker is None else forker.pid
 
     def busy(self) -> list[CallProcess]:
         """Return the processes that run calls."""
@@ -313,7 +313,7 @@ class CallProcesses:
             self._closed = True
             idle, self._idle = self._idle, []
             busy = list(self._busy)
-            nursery, self._nursery = self._nursery, None
+            forker, self._nursery = self._nursery, None
             control, self._control = self._control, None
         for process in busy:
             process.signal(signal.SIGKILL)  # its own thread sees to the rest
@@ -321,12 +321,12 @@ class CallProcesses:
             self._kill(process)
         if control is not None:
             control.close()
-        if nursery is not None:
+        if forker is not None:
             try:
-                nursery.wait(STATUS_WAIT)
+                forker.wait(STATUS_WAIT)
             except subprocess.TimeoutExpired:
-                nursery.kill()
-                nursery.wait()
+                forker.kill()
+                forker.wait()
 
     def _take(self) -> CallProcess:
         """Return a process that is up and free, and have the next one made if it was the last.
@@ -404,7 +404,7 @@ class CallProcesses:
             except OSError:
                 self._start_nursery()  # the first one, or the old one has died
                 self._request([its.fileno(), end])
-            wire.send(ours, (sys.path, *self._setting))
+            wire.send(ours, (sys.path, dict(os.environ), *self._setting))
         except BaseException:
             ours.close()
             os.close(status)
@@ -428,6 +428,10 @@ class CallProcesses:
         if self._nursery is not None:
             self._nursery.kill()
             self._nursery.wait()
+        forked = nursery.forked()
+        if forked is not None:
+            self._nursery, self._control = forked, forked.control
+            return
         ours, its = socket.socketpair()
         with its:
             self._nursery = subprocess.Popen(

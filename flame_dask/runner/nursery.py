@@ -17,7 +17,9 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,8 +33,95 @@ from flame_dask.runner.execution import CallRaised, work
 #: How a process has ended, as the nursery tells it: an exit code, or a negative signal.
 STATUS: Final = struct.Struct("=i")
 
+#: Seconds between two looks whether a nursery has ended.
+_PAUSE: Final = 0.005
+
 #: The one request to the nursery.
 FORK: Final = b"f"
+
+
+class Forked:
+    """A nursery that was forked from the runner, with what can be done to one that was started.
+
+    Parameters
+    ----------
+    pid
+        Its pid.
+    control
+        The socket that leads to it.
+    """
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self.pid = pid
+        self.control = control
+        self._ended = False
+
+    def kill(self) -> None:
+        """Send SIGKILL to it, if it runs."""
+        if not self._has_ended():
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float = float("inf")) -> None:
+        """Wait for its end.
+
+        Raises
+        ------
+        subprocess.TimeoutExpired
+            If it has not ended after so many seconds.
+        """
+        end = time.monotonic() + timeout
+        while not self._has_ended():
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("the nursery", timeout)
+            time.sleep(_PAUSE)
+
+    def _has_ended(self) -> bool:
+        if not self._ended:
+            try:
+                self._ended = os.waitpid(self.pid, os.WNOHANG)[0] != 0
+            except ChildProcessError:  # somebody else has waited for all there are
+                self._ended = True
+        return self._ended
+
+
+_forked: Forked | None = None
+
+
+def fork(prepare: Callable[[], None]) -> None:
+    """Fork a nursery; for a process that is about to become a runner, and has no threads.
+
+    Parameters
+    ----------
+    prepare
+        Called in the nursery at first.
+    """
+    global _forked  # noqa: PLW0603  # there is one a process
+    ours, its = socket.socketpair()
+    pid = os.fork()
+    if pid:
+        its.close()
+        _forked = Forked(pid, ours)
+        return
+    code = 1
+    try:
+        ours.close()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)  # the runner's tells it of its parent's end
+        os.close(nothing)
+        prepare()
+        main(its.detach())
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def forked() -> Forked | None:
+    """Return the nursery that was forked, if there is one that nobody has taken yet."""
+    global _forked
+    taken, _forked = _forked, None
+    return taken
 
 
 def main(descriptor: int) -> None:
@@ -122,8 +211,10 @@ def _become_call_process(conn: int, unused: list[int]) -> None:
 def _serve(conn: socket.socket) -> None:
     """Run calls, one after the other, until the runner is gone."""
     with conn, conn.makefile("rb") as stream, suppress(EOFError):
-        path, info, runner, log = wire.receive(stream)
+        path, environment, info, runner, log = wire.receive(stream)
         sys.path[:] = path
+        os.environ.clear()
+        os.environ.update(environment)
         here.arrive(info, runner)
         if log:
             output.install()

@@ -25,7 +25,8 @@ class MyWorker(ProcessInterface):
         super().__init__(scheduler, name)
         self.process: subprocess.Popen[bytes] | None = None
         self._folder = folder
-        self._command = [sys.executable, "-m", "dask", "worker", scheduler, "--name", name]
+        command = [sys.executable, "-m", "distributed.cli.dask_worker"]
+        self._command = [*command, scheduler, "--name", name]
         self._command += ["--no-dashboard", "--local-directory", folder, *arguments]
 
     async def start(self) -> None:

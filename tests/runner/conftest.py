@@ -77,7 +77,7 @@ class Process:
         if boot_timeout is not None:
             env[BOOT_TIMEOUT] = str(boot_timeout)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dask", "spec", address, "--spec", spec],
+            [sys.executable, "-m", "distributed.cli.dask_spec", address, "--spec", spec],
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=env,
