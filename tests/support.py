@@ -16,8 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from flame_dask import FlamePool
+
+#: For tests of what is the same wherever the scheduler is; others prove on both that it is.
+on_local = pytest.mark.parametrize("backend", ["local"], indirect=True)
+
+
+def on_both(name: str, both: list[object], *, local: list[object]) -> pytest.MarkDecorator:
+    """Run a test with some values of a parameter on both backends, and with others on one."""
+    values = [("local", value) for value in [*both, *local]]
+    values += [("subprocess", value) for value in both]
+    return pytest.mark.parametrize(("backend", name), values, indirect=["backend"])
 
 
 def lines(log: Path) -> list[str]:

@@ -131,9 +131,16 @@ class Conformance:
 
     # -- calling -------------------------------------------------------------------------------
 
-    def test_b1_b2_b3_b4_b5_calls(self, open_pool: MakePool) -> None:
-        """Values, errors, lambdas, coroutines, large results, futures, map and cast."""
+    def test_a7_a8_b1_b2_b3_b4_b5_calls(self, open_pool: MakePool) -> None:
+        """Values, errors, lambdas, coroutines, large results, futures, map and cast.
+
+        Before them, the runner knows its parent, and has the versions that it has.
+        """
         pool = open_pool(max=1, max_concurrency=4)
+        parent, python = pool.call(lambda: (flame_dask.parent(), platform.python_version_tuple()))
+        assert parent.pool == pool.name
+        assert parent.runner in {runner.id for runner in pool.status().runners}
+        assert python[:2] == platform.python_version_tuple()[:2]
         offset = 5
         assert pool.call(divmod, 7, 2) == (3, 1)
         assert pool.call(lambda x: x + offset, 3) == 8
@@ -149,14 +156,6 @@ class Conformance:
         assert pool.submit(abs, pool.submit(int, "-3")).result(20 * self._on.slow) == 3
         pool.cast(int)
 
-    def test_a7_a8_the_runner_knows_its_parent(self, open_pool: MakePool) -> None:
-        """And it has the versions that the parent has."""
-        pool = open_pool(max=1)
-        parent, python = pool.call(lambda: (flame_dask.parent(), platform.python_version_tuple()))
-        assert parent.pool == pool.name
-        assert parent.runner in {runner.id for runner in pool.status().runners}
-        assert python[:2] == platform.python_version_tuple()[:2]
-
     def test_a5_d1_min_runners_stay(self, open_pool: MakePool) -> None:
         """They are there when the pool opens, and for as long as it is open."""
         pool = open_pool(min=1, max=2, max_concurrency=1, idle_shutdown_after=0.2)
@@ -168,9 +167,12 @@ class Conformance:
 
     # -- what lives on -------------------------------------------------------------------------
 
-    def test_h1_h2_a_child(self, open_pool: MakePool) -> None:
-        """It keeps what it knows between its calls, and its slot and runner, until it stops."""
-        pool = open_pool(max=1, max_concurrency=1, idle_shutdown_after=0.5)
+    def test_h1_h2_i1_i2_i3_children_and_kept_objects(self, open_pool: MakePool) -> None:
+        """They keep what they know, and their slot and runner, until they are let go.
+
+        Calls that have kept objects as arguments come to them.
+        """
+        pool = open_pool(max=1, max_concurrency=1, track_resources=True, idle_shutdown_after=0.5)
         counter = pool.place_child(_Counter, 10)
         assert [counter.add(5), counter.call("add", 1)] == [15, 16]
         with pytest.raises(LookupError, match="not there"):
@@ -180,19 +182,14 @@ class Conformance:
         assert counter.add(1) == 17
         counter.stop()
         assert counter.result(20 * self._on.slow) is None
-        assert pool.call(int, queue_timeout=60 * self._on.slow) == 0
-
-    def test_i1_i2_i3_a_kept_object(self, open_pool: MakePool) -> None:
-        """It stays where it is, and calls that have it as an argument come to it."""
-        pool = open_pool(max=1, max_concurrency=1, track_resources=True)
-        first, second = pool.call(_keep_two)
+        first, second = pool.call(_keep_two, queue_timeout=60 * self._on.slow)
         with first, second:
             assert pool.call(_where_and_id, first) == pool.call(_where_and_id, first)
             assert pool.call(lambda x, y: (x.add(1), y.add(1)), first, second) == (2, 3)
             assert second.call("add", 4) == 7
             with pytest.raises(CallTimeout):
                 pool.call(int, queue_timeout=1)
-        assert pool.call(int, queue_timeout=20 * self._on.slow) == 0
+        assert pool.call(int, queue_timeout=60 * self._on.slow) == 0
 
     def test_b7_a_stream(self, open_pool: MakePool) -> None:
         """Items in order, an error after them, and an end when nobody takes any more."""
@@ -236,7 +233,10 @@ class Conformance:
 
     @pytest.mark.parametrize("isolation", ["thread", "process"])
     def test_e2_e3_e4_work_ends(self, open_pool: MakePool, isolation: str) -> None:
-        """What is out of time or cancelled frees its slot, on the same runner."""
+        """What is out of time or cancelled frees its slot, on the same runner.
+
+        With a process of its own, what it has started goes with it.
+        """
         pool = open_pool(max=1, max_concurrency=2, isolation=isolation)
         runner = pool.call(flame_dask.parent).runner
         with pytest.raises(CallTimeout) as caught:
@@ -249,17 +249,14 @@ class Conformance:
         with pytest.raises(CallCancelled):
             future.result(5)
         self._until(lambda: pool.status().leases == 0, 5)
+        if isolation == "process":
+            folder = pool.call(tempfile.mkdtemp)
+            with pytest.raises(CallTimeout):
+                pool.call(_start_processes, folder, timeout=2)
+            assert pool.call(_read_pids, folder)
+            self._until(lambda: not any(pool.call(_alive, folder)), 5)
+            pool.call(shutil.rmtree, folder)
         assert pool.call(flame_dask.parent).runner == runner
-
-    def test_e3_the_processes_of_a_call_end(self, open_pool: MakePool) -> None:
-        """What it has started goes with it."""
-        pool = open_pool(max=1, max_concurrency=1, isolation="process")
-        folder = pool.call(tempfile.mkdtemp)
-        with pytest.raises(CallTimeout):
-            pool.call(_start_processes, folder, timeout=2)
-        assert pool.call(_read_pids, folder)
-        self._until(lambda: not any(pool.call(_alive, folder)), 5)
-        pool.call(shutil.rmtree, folder)
 
     def test_e3_what_can_not_be_ended_costs_its_runner(self, open_pool: MakePool) -> None:
         """The pool gets another one."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flame_dask import FlamePool, PoolOptionsError
-from support import wait_for_file
+from support import on_local, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -97,6 +97,7 @@ def test_c7_c4_no_call_waits_while_another_runner_has_a_slot(
     assert pool.call(os.getpid, affinity="busy") == elsewhere  # it has moved
 
 
+@on_local
 def test_c7_its_runner_is_lost(
     make_pool: MakePool, backend: Any, until: Until, kills_runners: None
 ) -> None:

@@ -26,6 +26,7 @@ from flame_dask import (
     SerializationError,
     get_pool,
 )
+from support import on_local
 
 
 def inc(x: int) -> int:
@@ -127,6 +128,7 @@ def test_a4_with_is_refused(options: dict[str, Any]) -> None:
     asyncio.run(main())
 
 
+@on_local
 def test_b3_async_wait_and_as_completed(options: dict[str, Any]) -> None:
     async def main() -> None:
         async with FlamePool("async", max=1, max_concurrency=8, **options) as pool:
@@ -141,6 +143,7 @@ def test_b3_async_wait_and_as_completed(options: dict[str, Any]) -> None:
     asyncio.run(main())
 
 
+@on_local
 def test_b4_async_map(options: dict[str, Any]) -> None:
     async def main() -> None:
         async with FlamePool("async", max=1, max_concurrency=4, **options) as pool:
@@ -193,6 +196,7 @@ def test_e4_cancelling_the_awaiting_task(options: dict[str, Any], gate: Path) ->
     asyncio.run(main())
 
 
+@on_local
 def test_e4_cancelling_a_future(options: dict[str, Any], gate: Path) -> None:
     async def main() -> None:
         async with FlamePool("async", min=1, max=1, **options) as pool:
@@ -206,6 +210,7 @@ def test_e4_cancelling_a_future(options: dict[str, Any], gate: Path) -> None:
     asyncio.run(main())
 
 
+@on_local
 def test_e2_async_timeouts(options: dict[str, Any], gate: Path) -> None:
     async def main() -> None:
         async with FlamePool("async", min=1, max=1, **options) as pool:
@@ -217,6 +222,7 @@ def test_e2_async_timeouts(options: dict[str, Any], gate: Path) -> None:
     asyncio.run(main())
 
 
+@on_local
 def test_b1_the_loop_stays_free(options: dict[str, Any]) -> None:
     """Pickling apart, nothing of a call blocks the caller's event loop."""
 
@@ -233,6 +239,7 @@ def test_b1_the_loop_stays_free(options: dict[str, Any]) -> None:
     asyncio.run(main())
 
 
+@on_local
 def test_b4_async_functions_and_executor(options: dict[str, Any]) -> None:
     async def main() -> None:
         async with FlamePool("async", max=1, **options) as pool:
@@ -271,6 +278,7 @@ def test_a6_async_closing_with_calls(options: dict[str, Any], gate: Path) -> Non
     asyncio.run(main())
 
 
+@on_local
 def test_a6_whoever_gives_up_waiting_for_the_close_does_not_stop_it(
     options: dict[str, Any], gate: Path
 ) -> None:

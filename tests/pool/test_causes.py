@@ -16,7 +16,7 @@ from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import FlamePool, RunnerLost
-from support import alive, all_children_end, pids, runner_pid, work
+from support import alive, all_children_end, on_local, pids, runner_pid, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -77,6 +77,7 @@ def lost(future: Any, within: float = 10) -> RunnerLost:
     return error
 
 
+@on_local
 def test_f2_a_runner_is_killed_with_3_of_10_calls(
     make_pool: MakePool, backend: Any, tmp_path: Path, until: Until
 ) -> None:
@@ -108,6 +109,7 @@ def test_f2_a_runner_is_killed_with_3_of_10_calls(
 # -- threads: the runner goes with the call ------------------------------------------------------
 
 
+@on_local
 def test_f2_a_thread_ends_its_runner_by_exit(
     make_pool: MakePool, backend: Any, tmp_path: Path, until: Until
 ) -> None:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from flame_dask import CallCancelled, FlamePool, PoolClosed, PoolNotFound, get_pool
+from support import on_local
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -62,6 +63,7 @@ def test_a6_with_no_calls(make_pool: MakePool, backend: Any) -> None:
         get_pool("once")
 
 
+@on_local
 def test_a6_it_is_idempotent(make_pool: MakePool, backend: Any) -> None:
     with make_pool(max=1) as pool:
         pool.close()
@@ -111,6 +113,7 @@ def test_a6_running_calls_have_shutdown_timeout(
             future.result(0)
 
 
+@on_local
 def test_a6_a_waiting_caller_is_told(
     make_pool: MakePool, backend: Any, gate: Path, until: Until
 ) -> None:
@@ -133,6 +136,7 @@ def test_a6_a_waiting_caller_is_told(
     assert len(errors) == 3
 
 
+@on_local
 def test_a6_large_results_are_delivered_first(make_pool: MakePool, backend: Any) -> None:
     pool = make_pool(min=1, max=1, max_concurrency=8)
     futures = [pool.submit(bytes, 5_000_000) for _ in range(4)]
@@ -140,6 +144,7 @@ def test_a6_large_results_are_delivered_first(make_pool: MakePool, backend: Any)
     assert [len(future.result(0)) for future in futures] == [5_000_000] * 4
 
 
+@on_local
 def test_a6_from_several_threads_at_once(make_pool: MakePool, backend: Any) -> None:
     pool = make_pool(min=1, max=1)
     threads = [threading.Thread(target=pool.close) for _ in range(4)]
@@ -151,6 +156,7 @@ def test_a6_from_several_threads_at_once(make_pool: MakePool, backend: Any) -> N
     assert pool.cluster.status == distributed.Status.closed
 
 
+@on_local
 def test_a6_from_another_thread_than_it_was_opened_in(backend: Any, fast: dict[str, Any]) -> None:
     opened: list[FlamePool] = []
     thread = threading.Thread(
@@ -196,6 +202,7 @@ def test_a6_while_it_opens(
     assert len(errors) == 1
 
 
+@on_local
 def test_a6_from_a_hook(make_pool: MakePool, backend: Any, until: Until) -> None:
     pools: list[FlamePool] = []
     done = threading.Event()
@@ -319,6 +326,7 @@ def test_a6_the_client_was_closed_by_somebody_else(
     pool.close()
 
 
+@on_local
 def test_a4_without_another_client_the_pools_is_the_default(
     make_pool: MakePool, backend: Any
 ) -> None:

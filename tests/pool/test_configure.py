@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flame_dask import CallTimeout, FlamePool, PoolClosed, PoolOptionsError
-from support import alive, runner_pid, states, wait_for_file
+from support import alive, on_local, runner_pid, states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -57,6 +57,7 @@ def test_c8_a_lower_max_kills_nobody(
     assert len(pool.cluster.workers) == 1
 
 
+@on_local
 def test_c8_a_higher_min_boots_at_once(make_pool: MakePool, backend: Any, until: Until) -> None:
     pool = make_pool(max=3)
     assert pool.status().runners == ()
@@ -68,6 +69,7 @@ def test_c8_a_higher_min_boots_at_once(make_pool: MakePool, backend: Any, until:
     assert pool.call(int) == 0
 
 
+@on_local
 def test_c8_a_buffer_keeps_one_more_than_are_busy(
     make_pool: MakePool, backend: Any, gate: Path, until: Until
 ) -> None:
@@ -250,6 +252,7 @@ def test_c8_f3_nobody_waits_for_a_scheduler_that_is_gone(
             change.result(20)
 
 
+@on_local
 def test_c8_a4_it_is_awaitable(backend: Any, fast: dict[str, Any]) -> None:
     async def main() -> None:
         options = {**fast, "backend": backend, "asynchronous": True}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flame_dask import CallCancelled, FlamePool, PoolClosed, SerializationError
+from support import on_local
 
 Until = Callable[..., Any]
 
@@ -125,6 +126,7 @@ def test_b4_executor_shutdown_without_waiting(shared: FlamePool, tmp_path: Path)
     assert future.result(10) == str(gate)
 
 
+@on_local
 def test_b4_executors_share_one_thread_that_ends_with_the_pool(
     make_pool: Callable[..., FlamePool], backend: Any
 ) -> None:
@@ -142,6 +144,7 @@ def test_b4_executors_share_one_thread_that_ends_with_the_pool(
     assert not more[0].is_alive()
 
 
+@on_local
 def test_a6_executor_of_a_closed_pool(
     make_pool: Callable[..., FlamePool], backend: Any, tmp_path: Path, until: Until
 ) -> None:

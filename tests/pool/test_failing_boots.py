@@ -21,6 +21,7 @@ from flame_dask import BootError, CallTimeout, FlamePool, PoolClosed
 from flame_dask.backends.base import Ending
 from flame_dask.backends.processes import ProcessBackend
 from flame_dask.options import PoolOptions
+from support import on_both, on_local
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -159,6 +160,7 @@ def meet(folder: str, count: int) -> int:
     return os.getpid()
 
 
+@on_local
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_c1_c2_eight_boots_at_once_though_every_third_fails(
@@ -186,6 +188,7 @@ def test_c1_c2_eight_boots_at_once_though_every_third_fails(
     assert counters["lost"] == 0
 
 
+@on_local
 def test_c2_a_slow_boot_delays_no_other(make_pool: MakePool, backend: Any, until: Until) -> None:
     flaky = Flaky(backend, 2, lambda n: "slow" if n == 1 else None)
     pool = make_pool(backend=flaky, max=2, max_concurrency=1)
@@ -200,6 +203,7 @@ def test_c2_a_slow_boot_delays_no_other(make_pool: MakePool, backend: Any, until
     assert flaky.there == set()
 
 
+@on_local
 def test_c6_callers_wait_for_a_boot_that_works(
     make_pool: MakePool, backend: Any, flame_log: Any
 ) -> None:
@@ -233,7 +237,7 @@ def test_c6_the_last_boot_error_is_part_of_what_callers_get(
     assert isinstance(future.exception(timeout=5), CallTimeout)
 
 
-@pytest.mark.parametrize("kind", ["raising", "exiting"])
+@on_both("kind", ["exiting"], local=["raising"])
 def test_c6_a_boot_that_always_fails(
     request: pytest.FixtureRequest,
     make_pool: MakePool,
@@ -260,7 +264,7 @@ def test_c6_a_boot_that_always_fails(
     pool.close()
 
 
-@pytest.mark.parametrize("kind", ["raising", "exiting"])
+@on_both("kind", ["raising"], local=["exiting"])
 def test_a5_opening_fails_cleanly(
     request: pytest.FixtureRequest,
     make_pool: MakePool,
@@ -283,6 +287,7 @@ def test_a5_opening_fails_cleanly(
     assert pool.call(nap, 0)
 
 
+@on_local
 def test_a5_one_of_several_fails(make_pool: MakePool, backend: Any, flame_log: Any) -> None:
     """All that has been started is taken down."""
     flaky = Flaky(backend, 3, lambda n: "refused" if n >= 3 else None)
@@ -294,6 +299,7 @@ def test_a5_one_of_several_fails(make_pool: MakePool, backend: Any, flame_log: A
     )
 
 
+@on_local
 def test_a5_a_retry_may_help(make_pool: MakePool, backend: Any) -> None:
     flaky = Flaky(backend, 2, lambda n: "refused" if n == 1 else None)
     pool = make_pool(backend=flaky, min=2, max=2)
@@ -314,6 +320,7 @@ def test_c3_a_boot_that_hangs_is_given_up(
     assert time.monotonic() - began < 8
 
 
+@on_local
 def test_a5_opening_with_a_boot_that_hangs(make_pool: MakePool, backend: Any, hanging: str) -> None:
     began = time.monotonic()
     with pytest.raises(BootError, match="boot_timeout"):
@@ -375,6 +382,7 @@ def test_f4_a_cluster_that_does_not_start(backend: Any) -> None:
     assert caught.value.phase == "cluster"
 
 
+@on_local
 def test_a6_a_runner_that_can_not_be_stopped_is_tried_again(
     make_pool: MakePool, backend: Any, flame_log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +401,7 @@ def test_a6_a_runner_that_can_not_be_stopped_is_tried_again(
     assert sum("could not stop runner" in text for text in flame_log.texts()) == 2
 
 
+@on_local
 def test_a6_a_runner_that_can_not_be_stopped_does_not_hold_up_the_end(
     make_pool: MakePool, backend: Any, flame_log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from distributed import LocalCluster
 
 from flame_dask import CallTimeout, FlamePool, PoolClosed, RunnerLost
+from support import on_both, on_local
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -41,7 +42,7 @@ def starts(path: Path) -> list[int]:
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+@on_both("kind", [signal.SIGKILL], local=[signal.SIGTERM, signal.SIGSEGV])
 def test_f1_f2_a_runner_is_killed_during_calls(
     make_pool: MakePool, backend: Any, tmp_path: Path, until: Until, kind: int
 ) -> None:
@@ -97,6 +98,7 @@ def test_f1_nothing_starts_twice_when_dask_would_try_again(
     until(lambda: [r.state for r in pool.status().runners] == ["ready", "ready"], 20)
 
 
+@on_local
 def test_f2_a_call_that_ends_its_runner(make_pool: MakePool, backend: Any, tmp_path: Path) -> None:
     pool = make_pool(max=1)
     log = tmp_path / "log"

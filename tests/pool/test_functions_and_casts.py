@@ -14,6 +14,7 @@ import pytest
 
 from flame_dask import CallTimeout, FlamePool, PoolOptionsError
 from flame_dask.parent.function import PoolFunction
+from support import on_local
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -153,6 +154,7 @@ def test_b5_a_failure_is_logged_counted_and_reported(
     assert pool.status().counters["cast_errors"] == 1
 
 
+@on_local
 def test_b5_a_failing_hook_harms_nothing(
     make_pool: MakePool, backend: Any, flame_log: Any, until: Until
 ) -> None:
@@ -165,6 +167,7 @@ def test_b5_a_failing_hook_harms_nothing(
     assert pool.call(int, "7") == 7
 
 
+@on_local
 def test_b5_cast_has_no_limit_unless_given(
     make_pool: MakePool, backend: Any, flame_log: Any, tmp_path: Path, until: Until
 ) -> None:

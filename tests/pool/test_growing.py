@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flame_dask import CallTimeout, FlamePool, PoolFuture
-from support import states, wait_for_file
+from support import on_both, on_local, states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -221,8 +221,12 @@ def test_c2_buffer(make_pool: MakePool, until: Until) -> None:
     until(lambda: states(pool) == ["ready", "ready"] or pool.status().wanted == 1)
 
 
-@pytest.mark.parametrize("placement", ["spread", "pack"])
-def test_c5_placement(make_pool: MakePool, gate: Path, until: Until, placement: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "placement"), [("local", "spread"), ("subprocess", "pack")], indirect=["backend"]
+)
+def test_c5_placement(
+    make_pool: MakePool, backend: Any, gate: Path, until: Until, placement: str
+) -> None:
     pool = make_pool(min=2, max=2, max_concurrency=4, placement=placement)
     futures = []
     for n in range(1, 4):
@@ -234,6 +238,7 @@ def test_c5_placement(make_pool: MakePool, gate: Path, until: Until, placement: 
     distributed.wait(futures)
 
 
+@on_local
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_c5_a_spike_and_then_a_trickle(make_pool: MakePool, backend: Any, until: Until) -> None:
@@ -302,6 +307,7 @@ def test_c4_waiters_are_served_in_order_and_by_priority(
     assert log.read_text() == "ceabd"
 
 
+@on_local
 def test_c4_a_gone_waiter_costs_nothing(
     make_pool: MakePool, backend: Any, gate: Path, until: Until
 ) -> None:
@@ -318,6 +324,7 @@ def test_c4_a_gone_waiter_costs_nothing(
     first.result(1)
 
 
+@on_local
 def test_e2_a_waiter_for_a_boot_says_booting(make_pool: MakePool, backend: Any) -> None:
     pool = make_pool(max=1)
     with pytest.raises(CallTimeout) as caught:
@@ -328,7 +335,7 @@ def test_e2_a_waiter_for_a_boot_says_booting(make_pool: MakePool, backend: Any) 
     assert pool.call(nap, 0)
 
 
-@pytest.mark.parametrize("how", ["timeout", "queue_timeout"])
+@on_both("how", ["timeout"], local=["queue_timeout"])
 def test_e1_limits_of_the_pool(
     make_pool: MakePool, backend: Any, gate: Path, until: Until, how: str
 ) -> None:
@@ -350,6 +357,7 @@ def test_e1_limits_of_the_pool(
     gate.touch()
 
 
+@on_local
 def test_e1_a_limit_of_its_own_bounds_all(
     make_pool: MakePool, backend: Any, gate: Path, until: Until
 ) -> None:
@@ -362,6 +370,7 @@ def test_e1_a_limit_of_its_own_bounds_all(
     assert time.monotonic() - began < 5
 
 
+@on_local
 def test_e1_the_slot_stays_taken_until_the_function_has_ended(
     make_pool: MakePool, backend: Any, gate: Path, until: Until
 ) -> None:
@@ -394,6 +403,7 @@ def test_e1_waiting_for_an_argument_counts_for_the_calls_own_limit(
     assert pool.call(lambda x: x, late, timeout=10) == late.result()
 
 
+@on_local
 def test_e1_waiting_for_an_argument_does_not_count_for_the_pools_limits(
     make_pool: MakePool, backend: Any, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

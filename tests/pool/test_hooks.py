@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flame_dask import BootError, CallTimeout, FlamePool, PoolStatus, ScaleEvent
+from support import on_local
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
@@ -77,6 +78,7 @@ def test_c9_order_and_contents(make_pool: MakePool, backend: Any, until: Until) 
     assert "hooked" in next(iter(diary.threads))
 
 
+@on_local
 def test_c9_only_what_is_beyond_min(
     make_pool: MakePool, backend: Any, tmp_path: Path, until: Until
 ) -> None:
@@ -95,6 +97,7 @@ def test_c9_only_what_is_beyond_min(
     assert diary.entries[2][2].count == 1
 
 
+@on_local
 def test_c9_a_failed_boot_is_reported(
     make_pool: MakePool, backend: Any, tmp_path: Path, until: Until
 ) -> None:
@@ -135,6 +138,7 @@ def test_c9_a_slow_hook_delays_no_call(make_pool: MakePool) -> None:
     release.set()
 
 
+@on_local
 def test_c9_a_hook_may_use_the_pool(make_pool: MakePool, backend: Any, until: Until) -> None:
     pools: list[FlamePool] = []
     seen: list[int] = []
@@ -146,6 +150,7 @@ def test_c9_a_hook_may_use_the_pool(make_pool: MakePool, backend: Any, until: Un
     until(lambda: seen == [2])
 
 
+@on_local
 def test_c9_hooks_that_are_due_run_before_the_pool_is_closed(
     make_pool: MakePool, backend: Any
 ) -> None:
@@ -183,6 +188,7 @@ def test_c10_status(make_pool: MakePool, backend: Any, tmp_path: Path, until: Un
     assert {name: counters[name] for name in expected} == expected
 
 
+@on_local
 def test_c10_events(make_pool: MakePool, backend: Any, tmp_path: Path, until: Until) -> None:
     gate = tmp_path / "gate"
     began = time.time()

@@ -329,3 +329,18 @@ def test_b1_the_slots_are_a_limit(isolated: FlamePool, tmp_path: Path, until: Un
 
     futures = [isolated.submit(work, str(tmp_path)) for _ in range(40)]
     assert max(future.result(30) for future in futures) <= SLOTS
+
+
+def test_b1_what_calls_are_forked_of_is_no_runner(isolated: FlamePool) -> None:
+    """It was forked itself, before the runner was one."""
+
+    def look() -> tuple[int, list[str], str, list[str]]:
+        nursery = psutil.Process(os.getppid())
+        mine = [name for name in os.environ if name.startswith("FLAME_")]
+        return nursery.ppid(), nursery.cmdline(), os.readlink(f"/proc/{nursery.pid}/fd/0"), mine
+
+    runner, command, standard_input, mine = isolated.call(look)
+    assert runner == runner_pid(isolated)
+    assert command == psutil.Process(runner).cmdline()
+    assert standard_input == os.devnull  # not what tells the runner of its parent's end
+    assert mine == []

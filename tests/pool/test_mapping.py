@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flame_dask import CallTimeout, FlamePool, PoolClosed, SerializationError
+from support import on_both
 
 Until = Callable[..., Any]
 
@@ -104,7 +105,7 @@ def test_b4_map_returns_exceptions(shared: FlamePool, ordered: bool) -> None:
     assert [type(r) for r in results if isinstance(r, Exception)] == [ZeroDivisionError]
 
 
-@pytest.mark.parametrize("how", ["close", "drop", "error"])
+@on_both("how", ["drop"], local=["close", "error"])
 def test_b4_map_leaving_early_ends_what_is_under_way(
     make_pool: Callable[..., FlamePool], backend: Any, tmp_path: Path, until: Until, how: str
 ) -> None:

@@ -18,6 +18,9 @@ from flame_dask import FlamePool, PoolNotFound, PoolOptionsError, get_pool
 from flame_dask import call as call_by_name
 from flame_dask import cast as cast_by_name
 
+#: As in ``support``, which runners can't import, other than this file: plain Dask has them do so.
+on_local = pytest.mark.parametrize("backend", ["local"], indirect=True)
+
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
@@ -160,6 +163,7 @@ def test_a4_a_client_that_was_there_before_stays_the_default(
 # -- several pools, many threads -----------------------------------------------------------------
 
 
+@on_local
 def test_a4_two_pools_at_once(make_pool: MakePool, backend: Any) -> None:
     one = make_pool("one", max=1, max_concurrency=4)
     two = make_pool("two", max=1, max_concurrency=4)
@@ -199,6 +203,7 @@ def test_a4_waiting_for_futures_of_the_pool_that_is_not_the_default(
         assert sorted(late)[2] < 0.3
 
 
+@on_local
 def test_a4_by_name(make_pool: MakePool, backend: Any, until: Until) -> None:
     pool = make_pool("named", max=1)
     assert get_pool("named") is pool
@@ -222,6 +227,7 @@ def test_a4_by_name(make_pool: MakePool, backend: Any, until: Until) -> None:
             use()
 
 
+@on_local
 @pytest.mark.slow
 def test_a4_twenty_threads_call_one_pool(make_pool: MakePool, backend: Any) -> None:
     pool = make_pool(min=1, max=2, max_concurrency=4, queue_timeout=60)
@@ -240,6 +246,7 @@ def test_a4_twenty_threads_call_one_pool(make_pool: MakePool, backend: Any) -> N
     assert (status.leases, status.waiters) == (0, 0)
 
 
+@on_local
 def test_a4_threads_that_end_while_their_calls_run(make_pool: MakePool, backend: Any) -> None:
     pool = make_pool(max=1, max_concurrency=8)
     futures: list[Any] = []

@@ -16,6 +16,8 @@ import psutil
 import pytest
 from distributed import LocalCluster
 
+from support import on_both, on_local
+
 Until = Callable[..., Any]
 
 HEAD = """
@@ -103,7 +105,7 @@ def follow(program: Program, until: Until, deadline: float = 30) -> None:
     until(over, deadline)
 
 
-@pytest.mark.parametrize("way", ["return", "sys.exit", "raise", "thread"])
+@on_both("way", ["return", "thread"], local=["sys.exit", "raise"])
 def test_a6_the_end_of_the_interpreter_closes_open_pools(
     program: Run, until: Until, way: str
 ) -> None:
@@ -236,7 +238,7 @@ def test_e4_ctrl_c_at_the_terminal_reaches_the_parent_alone(
     until(lambda: running.left() == [])
 
 
-@pytest.mark.parametrize("when", ["opening", "map", "closing"])
+@on_both("when", ["opening", "closing"], local=["map"])
 def test_a6_ctrl_c_elsewhere(program: Run, until: Until, tmp_path: Path, when: str) -> None:
     """Whenever it comes: the program ends soon, and nothing is left."""
     body = {
@@ -329,6 +331,7 @@ def test_a4_quick_start_without_a_main_guard(tmp_path: Path, backend: Any, until
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
+@on_local
 @pytest.mark.usefixtures("kills_runners")
 def test_k1_a6_the_end_of_the_interpreter_stops_supervised_pools(
     program: Run, backend: Any, until: Until
