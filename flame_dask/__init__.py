@@ -9,6 +9,7 @@
 from typing import TYPE_CHECKING
 
 from flame_dask.child_spec import ChildSpec
+from flame_dask.code_options import CodeSync
 from flame_dask.errors import (
     BootError,
     CallCancelled,
@@ -50,6 +51,7 @@ __all__ = [
     "CallTimeout",
     "Child",
     "ChildSpec",
+    "CodeSync",
     "Crash",
     "FlameError",
     "FlamePool",

@@ -46,6 +46,9 @@ OP: Final = "flame"
 #: What a worker asks before it registers; also written in ``flame_dask.runner.arrival``.
 ARRIVE: Final = "flame_arrive"
 
+#: What a runner asks for code of its parent.
+CODE: Final = "flame_code"
+
 #: Worker metadata key under which a small result travels with the completion of its task.
 RESULT: Final = "flame-result"
 
@@ -259,6 +262,7 @@ async def _take_off(scheduler: Scheduler, host: Any) -> None:
     scheduler.stream_handlers.pop(OP, None)
     scheduler.handlers.pop(OP, None)
     scheduler.handlers.pop(ARRIVE, None)
+    scheduler.handlers.pop(CODE, None)
 
 
 async def run_on_scheduler(client: Client, function: Any, *args: Any) -> Any:
@@ -279,6 +283,13 @@ async def uninstall_local(scheduler: Scheduler, host: Any, runner: Any) -> None:
 def send_to_scheduler(worker: Worker, message: dict[str, Any]) -> None:
     """Send over a worker's own stream; in order with its completions and status changes."""
     worker.batched_send({"op": OP, **message})
+
+
+async def ask_for_code(worker: Worker, since: int, stream: int) -> dict[str, Any]:
+    """Ask the pool's host for code of the parent; see ``CodeSource.answer``."""
+    ask: Any = getattr(worker.scheduler, CODE)
+    reply: dict[str, Any] = await ask(address=worker.address, since=since, stream=stream)
+    return reply["answer"]  # type: ignore[no-any-return]
 
 
 def listen_to_scheduler(worker: Worker, handler: Callable[..., None]) -> None:

@@ -192,6 +192,7 @@ class PoolOptionsError(FlameError, ValueError):
         self.option = option
         self.value = value
         self.remedy = remedy
+        self.problem = problem
         self.source = source
 
 

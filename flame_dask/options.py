@@ -3,8 +3,8 @@
 ``PoolOptions.check`` and ``CallOptions.check`` are the only way in. What they return needs no
 further look: durations are seconds as ``float``, or ``None`` for no limit, defaults are filled in,
 and options that belong together fit together. What they refuse, they refuse with a
-``PoolOptionsError`` that says what would be right. So it is with what the contract has but this
-version does not carry out (``NOT_YET``): an option without effect is a lie.
+``PoolOptionsError`` that says what would be right. An option without effect would be a lie: there
+is none.
 
 Where an option is not given, its default comes from Dask's configuration under ``flame:`` (A3);
 ``flame.yaml`` beside this module has the values that flame_dask comes with.
@@ -20,20 +20,19 @@ import numbers
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import cloudpickle
 import dask.config
 from dask.utils import parse_timedelta
 from distributed.security import Security
 
+from flame_dask.code_options import CodeSync
 from flame_dask.errors import HIDDEN, PoolOptionsError, shown
 
 __all__ = [
-    "NOT_YET",
     "RESERVED",
     "CallOptions",
-    "NotYet",
     "PoolOptions",
     "SupervisorOptions",
     "duration",
@@ -78,7 +77,6 @@ _security = _needs(
     "pool makes certificates of its own where it needs them",
     lambda value: value is None or (isinstance(value, Security) and value.require_encryption),
 )
-_dict = _needs("a mapping, or None", lambda value: value is None or isinstance(value, Mapping))
 
 
 def _one_of(*choices: str | None) -> Callable[[Any], Any]:
@@ -169,7 +167,7 @@ _CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
     "on_shrink": _hook,
     "on_cast_error": _hook,
     "track_resources": _bool,
-    "code_sync": _dict,
+    "code_sync": CodeSync.check,
     "isolation": _one_of("thread", "process"),
     "buffer": _whole(0, " of at least 0"),
     "placement": _one_of("spread", "pack"),
@@ -226,25 +224,6 @@ CONFIGURABLE: Final = frozenset(
     }
 )
 """What can be changed on a running pool (C8). Runners are told of the rest as they start."""
-
-
-class NotYet(NamedTuple):
-    """Which values of an option this version does not carry out, and what to give instead."""
-
-    applies: Callable[[Any], bool]
-    remedy: str
-
-
-def _unless_none(remedy: str) -> NotYet:
-    return NotYet(lambda value: value is not None, remedy)
-
-
-_OFF: Final = NotYet(bool, "leave it out, or give False")
-
-NOT_YET: Final[dict[str, NotYet]] = {
-    "code_sync": _unless_none("leave it out, and install your code where the runners are"),
-}
-"""Values of pool options that are part of the contract but refused in this version, by field."""
 
 
 # -- Defaults in Dask's configuration (A3) --------------------------------------------------------
@@ -327,7 +306,7 @@ class CallOptions:
         Raises
         ------
         PoolOptionsError
-            A keyword is unknown, can't be used, or is not supported by this version.
+            A keyword is unknown, or can't be used.
 
         Examples
         --------
@@ -386,7 +365,7 @@ class PoolOptions:
     on_shrink: Callable[..., object] | None
     on_cast_error: Callable[..., object] | None
     track_resources: bool
-    code_sync: Mapping[str, Any] | None = field(hash=False)
+    code_sync: CodeSync | None
     isolation: Literal["thread", "process"]
     buffer: int
     placement: Literal["spread", "pack"]
@@ -435,8 +414,8 @@ class PoolOptions:
         Raises
         ------
         PoolOptionsError
-            An option is unknown or missing, can't be used, does not fit another one, or is not
-            supported by this version. If the value is from Dask's configuration, it says so.
+            An option is unknown or missing, can't be used, or does not fit another one. If the
+            value is from Dask's configuration, it says so.
 
         Examples
         --------
@@ -553,7 +532,6 @@ class PoolOptions:
                 f"give at most max={checked['max']}, or a larger max",
                 source=sources.get("min"),
             )
-        _refuse_not_yet(NOT_YET, checked, values, sources)
         return cls(**checked)
 
     def __repr__(self) -> str:
@@ -636,6 +614,13 @@ def _checked(
         return check(value)
     except _Refused as refused:
         raise PoolOptionsError(option, value, str(refused), source=source) from refused.__cause__
+    except PoolOptionsError as error:  # of an option that has parts
+        if source is None:
+            raise
+        problem = error.problem
+        raise PoolOptionsError(
+            error.option, error.value, error.remedy, problem=problem, source=source
+        ) from None
 
 
 def _refuse_unknown(given: Mapping[str, object], known: Mapping[str, object], problem: str) -> None:
@@ -647,21 +632,3 @@ def _refuse_unknown(given: Mapping[str, object], known: Mapping[str, object], pr
         hide = near in (["env"], ["security"]) or not isinstance(value, str | int | float | None)
         remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(known)}"
         raise PoolOptionsError(option, HIDDEN if hide else value, remedy, problem=problem)
-
-
-def _refuse_not_yet(
-    table: Mapping[str, NotYet],
-    checked: Mapping[str, Any],
-    given: Mapping[str, object],
-    sources: Mapping[str, str] | None = None,
-) -> None:
-    for name, row in table.items():
-        if name in checked and row.applies(checked[name]):
-            option = "idle_shutdown_after" if name == "idle_check" else name
-            raise PoolOptionsError(
-                option,
-                given[option],
-                row.remedy,
-                problem="is not supported by this version of flame_dask",
-                source=(sources or {}).get(option),
-            )

@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import cloudpickle
@@ -438,7 +439,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
             return _reduced_exception(obj)
         if type(obj) is types.CodeType:
             return _reduced_code(obj)
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and type(reduced) is tuple and len(reduced) == 6:
+            return *reduced[:5], partial(_complete_class, reduced[5])
+        return reduced
 
 
 class _DaskPickler(_Pickler):
@@ -469,6 +473,25 @@ def _reduced_code(code: types.CodeType) -> Any:
     """
     make, args = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
     return make, tuple([code.co_filename if _is_stand_in(arg) else arg for arg in args])
+
+
+def _complete_class(complete: Callable[[type, Any], object], cls: type, state: Any) -> None:
+    """Give a class that came by value what it has, unless this is where it was defined.
+
+    A result that holds an instance of a class of ``__main__`` brings the class along. cloudpickle
+    knows that it is the one which is here, and would give it the methods that have travelled: they
+    see the globals of that time, not what a notebook sets later.
+    """
+    if not _is_at_home(cls):
+        complete(cls, state)
+
+
+def _is_at_home(cls: type) -> bool:
+    module = vars(sys.modules.get(cls.__module__, types))
+    if module.get(cls.__qualname__) is cls:
+        return True
+    functions = (each for each in vars(cls).values() if type(each) is types.FunctionType)
+    return any(function.__globals__ is module for function in functions)
 
 
 def _is_stand_in(arg: object) -> bool:

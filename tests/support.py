@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +82,23 @@ def runner_pid(pool: FlamePool) -> int:
     [ready] = [runner for runner in pool.status().runners if runner.state == "ready"]
     pid: int = pool.cluster.workers[ready.id].process.pid
     return pid
+
+
+class Program:
+    """A program in a folder that runners know nothing of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, path: str, text: str) -> Path:
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(textwrap.dedent(text))
+        return file
+
+    def load(self, name: str) -> Any:
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
 
 
 #: Run by an interpreter first that is to be one of another environment (A8).

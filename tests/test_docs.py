@@ -26,7 +26,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from flame_dask.options import NOT_YET, RESERVED, PoolOptions
+from flame_dask.options import RESERVED, PoolOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -203,14 +203,6 @@ def test_configuration_page_has_every_option() -> None:
 
     assert not [option for option in sorted(options) if f"\n| `{option}` | " not in page]
     assert not [option for option in sorted(RESERVED) if f"`{option}`" not in page]
-
-
-def test_configuration_page_says_what_is_not_there_yet() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    section = page.partition("### Not in this version")[2].partition("\n## ")[0]
-    listed = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
-
-    assert listed == NOT_YET.keys()
 
 
 def test_tests_that_the_pages_name_are_there() -> None:

@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame_dask import options
+from flame_dask.code_options import CodeSync
 from flame_dask.errors import PoolOptionsError
-from flame_dask.options import NOT_YET, RESERVED, CallOptions, PoolOptions
+from flame_dask.options import RESERVED, CallOptions, PoolOptions
 
 SECRET = "hunter2-s3cr3t"
 
@@ -78,14 +79,6 @@ def refused(**given):
 @pytest.fixture(autouse=True)
 def _no_configuration_of_this_machine(monkeypatch):
     monkeypatch.setitem(dask.config.config, "flame", copy.deepcopy(options._SHIPPED["flame"]))
-
-
-@pytest.fixture
-def everything_carried_out(monkeypatch):
-    """As it will be once all of the contract is carried out."""
-    for table in (NOT_YET,):
-        for name in list(table):
-            monkeypatch.delitem(table, name)
 
 
 # -- A1: the options and their defaults ---------------------------------------------------------
@@ -290,11 +283,10 @@ def test_a2_hooks(option):
         ("scheduler", ["parent", "remote", None], ["tcp://host:8786", 1]),
         ("host", ["10.0.0.1", None], ["", 5]),
         ("contact_address", ["tls://host:8786", None], ["  ", 5]),
-        ("code_sync", [{"copy_apps": True}, None], [True, ["src"]]),
+        ("code_sync", [CodeSync(copy_apps=True), None], [True, ["src"]]),
         ("security", [SECURITY, None], [object(), Security(), "tls", True]),
     ],
 )
-@pytest.mark.usefixtures("everything_carried_out")
 def test_a2_choices(option, good, bad):
     for value in good:
         assert getattr(check(**{option: value}), option) == value
@@ -338,7 +330,6 @@ def test_a2_a_refusal_is_a_value_error_that_says_all():
 # -- D2, A2: the idle check ---------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("everything_carried_out")
 def test_d2_idle_check():
     made = check(idle_shutdown_after=("1m", is_idle))
     assert made.idle_shutdown_after == 60.0
@@ -402,7 +393,6 @@ def test_a3_config_set(spelling):
 
 
 @pytest.mark.parametrize("option", sorted(options._KEYS))
-@pytest.mark.usefixtures("everything_carried_out")
 def test_a3_each_option_has_its_key(option):
     key = f"flame.{option.replace('_', '-')}"
     value = {
@@ -418,7 +408,8 @@ def test_a3_each_option_has_its_key(option):
         "contact_address": "some.host",
     }.get(option, 7)
     with dask.config.set({key: value}):
-        assert getattr(check(), option) == value
+        wanted = CodeSync(**value) if option == "code_sync" else value
+        assert getattr(check(), option) == wanted
     if option != "backend":  # it is resolved elsewhere
         with dask.config.set({key: object()}):
             error = refused()
@@ -491,36 +482,9 @@ def test_e1_queue_timeout_is_boot_timeout_unless_given():
         assert check().queue_timeout is None
 
 
-# -- Not in this version ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("code_sync", {})],
-)
-def test_a2_what_is_not_carried_out_is_refused(option, value):
-    error = refused(**{option: value})
-    assert error.option == option
-    assert "is not supported by this version of flame_dask: " in str(error)
-    assert error.value == value
-    with dask.config.set({f"flame.{option.replace('_', '-')}": value}):
-        assert "from the Dask config key" in str(refused())
-    with pytest.raises(PoolOptionsError):
-        check().replace(**{option: value})
-
-
-def test_not_yet_names_options():
-    assert set(NOT_YET) <= {*A1}
-
-
-def test_a2_a_bad_value_is_refused_as_such_first():
-    assert "is not valid" in str(refused(isolation="proc", log=True))
-
-
 # -- F4: no secrets -----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("everything_carried_out")
 def test_f4_repr_shows_no_secret():
     security = Security(require_encryption=True, tls_ca_file=SECRET)
     made = check(
@@ -590,7 +554,6 @@ def test_c8_e1_queue_timeout_follows_boot_timeout_unless_given():
     assert check().replace(timeout=7).call_defaults.timeout == 7.0
 
 
-@pytest.mark.usefixtures("everything_carried_out")
 def test_c8_d2_replace_keeps_the_idle_check_until_there_is_a_new_one():
     made = check(idle_shutdown_after=(5, is_idle))
     assert made.replace(max=3).idle_check is is_idle
@@ -699,7 +662,6 @@ def test_c7_whatever_can_be_a_key_of_a_dict_is_an_affinity():
     )
 
 
-@pytest.mark.usefixtures("everything_carried_out")
 def test_b1_keywords_once_they_are_carried_out():
     given = {"link": False, "track_resources": True, "retries": 2, "affinity": ("user", 5)}
     made = CallOptions.check(check(), **given)

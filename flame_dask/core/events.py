@@ -127,6 +127,13 @@ class BootFailed(NamedTuple):
     problem: BootProblem
 
 
+class BootRefused(NamedTuple):
+    """A runner is up, and says itself that it can't get ready. Its machine is still there."""
+
+    runner: str
+    problem: BootProblem
+
+
 class RunnerLost(NamedTuple):
     """A runner is gone without having been told to. Its machine may still be there."""
 
@@ -176,6 +183,7 @@ Event = (
     | CallReleased
     | RunnerReady
     | BootFailed
+    | BootRefused
     | RunnerLost
     | RunnerLeaving
     | IdleAnswer

@@ -229,6 +229,7 @@ _HANDLERS: Final[dict[type, Callable[[PoolState, float, Any], None]]] = {
     ev.CallReleased: PoolState._on_released,
     ev.RunnerReady: PoolState._on_ready,
     ev.BootFailed: PoolState._on_boot_failed,
+    ev.BootRefused: PoolState._on_boot_refused,
     ev.RunnerLost: PoolState._on_lost,
     ev.RunnerLeaving: PoolState._on_leaving,
     ev.IdleAnswer: PoolState._on_idle_answer,

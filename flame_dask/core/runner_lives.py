@@ -53,6 +53,12 @@ class RunnerLives(CallLives):
         self._gone(now, runner, "failed", ())
         self._boot_problem(now, runner, event.problem)
 
+    def _on_boot_refused(self, now: float, event: ev.BootRefused) -> None:
+        runner = self.runners.get(event.runner)
+        if runner is not None and runner.state == "booting":
+            self._stop(now, runner, "refused", f"boot: {event.problem.cause}")
+            self._boot_problem(now, runner, event.problem)
+
     def _boot_timed_out(self, now: float, runner: Runner) -> None:
         cause = f"not ready within boot_timeout={runner.boot_timeout:g} s"
         self._stop(now, runner, "timed out", f"boot: {cause}")

@@ -17,6 +17,7 @@ RUNNER: Final[dict[tuple[RunnerState, str], RunnerState]] = {
     ("booting", "ready"): "ready",
     ("booting", "failed"): "gone",
     ("booting", "timed out"): "stopping",
+    ("booting", "refused"): "stopping",
     ("booting", "lost"): "stopping",
     ("booting", "not needed"): "stopping",
     ("ready", "drain"): "draining",

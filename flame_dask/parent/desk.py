@@ -50,15 +50,23 @@ class CallDesk:
         The way to the pool's host.
     fire
         Has a function called with arguments in a thread that may wait.
+    code
+        Says which revision of the code in this process's files there is, if that is watched (J3).
     """
 
     def __init__(
-        self, pool: str, client: PoolClient, port: Port, fire: Callable[..., None]
+        self,
+        pool: str,
+        client: PoolClient,
+        port: Port,
+        fire: Callable[..., None],
+        code: Callable[[], int] | None = None,
     ) -> None:
         self.pool = pool
         self.client = client
         self.port = port
         self._fire = fire
+        self._code = code
         self.closed: FlameError | None = None
         self._open: dict[str, CallState] = {}
         #: Calls that live on, and what takes the items of streams, by their keys.
@@ -126,6 +134,7 @@ class CallDesk:
             payload = payload.snapshot()
         if options.track_resources and keep and not mode:
             mode = "track"
+        code = 0 if self._code is None else self._code()
         name = fn.id if isinstance(fn, ChildSpec) else funcname(fn)
         key = f"{name}-{self._base}{next(self._count):06x}"
         state = CallState(key, options.link)
@@ -146,6 +155,8 @@ class CallDesk:
         }
         if mode:
             message["mode"] = mode
+        if code:
+            message["code"] = code
         if options.affinity is not None:
             message["affinity"] = self._keys.text_of(options.affinity)
         if found.futures:

@@ -19,6 +19,8 @@ from distributed.utils import SyncMethodMixin
 from flame_dask import dask_internals as internals
 from flame_dask.backends.resolve import resolve
 from flame_dask.backends.spec import SpecBackend
+from flame_dask.code_sync.receiver import Places
+from flame_dask.code_sync.source import CodeSource
 from flame_dask.core.backoff import Backoff
 from flame_dask.dask_internals import PoolClient
 from flame_dask.errors import BootError, FlameError, PoolClosed
@@ -72,6 +74,9 @@ class PoolLife(SyncMethodMixin):
         self._hooks = HookThread(name)
         self._settlers = HookThread(f"{name}-executors")
         self._heard = HookThread(f"{name}-log")
+        self._code_sender = HookThread(f"{name}-code")
+        sync = self.options.code_sync
+        self._code = None if sync is None else CodeSource(sync, name)
         self._cast_errors = 0
         self._died = False
         self._on_death: Callable[[], None] = lambda: None
@@ -145,6 +150,7 @@ class PoolLife(SyncMethodMixin):
             adopts=self._adopts,
             patience=getattr(self._backend, "patience", PATIENCE),
             keep_awake=getattr(self._backend, "keep_awake", False),
+            sends_code=self._code is not None,
         )
         runner = FlameRunner(
             self.name,
@@ -156,6 +162,9 @@ class PoolLife(SyncMethodMixin):
                 self.name, getattr(self._backend, "kind", type(self.cluster).__name__)
             ),
             log=options.log,
+            places=None
+            if options.code_sync is None
+            else Places(options.code_sync.extract_dir, options.code_sync.tmp_dir),
         )
         self._host, self._runner = host, runner
         loop = asyncio.get_running_loop()
@@ -168,7 +177,11 @@ class PoolLife(SyncMethodMixin):
         else:
             await install_remote(self.client, host, plugin, runner.name)
             self._port = CommPort(loop, self.client)
-        self._desk = CallDesk(self.name, self.client, self._port, self._heard.fire)
+        code, watched = self._code, None
+        if code is not None:
+            self._code_sender.fire(code.revision)  # the first look takes its time
+            watched = code.revision
+        self._desk = CallDesk(self.name, self.client, self._port, self._heard.fire, watched)
         # A cluster of another kind than SpecCluster has no place for it, or another `adapt`.
         adapt: Callable[..., Any] = partial(PoolAdaptive, self.cluster)
         if isinstance(self.cluster, SpecCluster):
@@ -195,6 +208,8 @@ class PoolLife(SyncMethodMixin):
             "opened": self._open_done,
             "open-failed": self._open_done,
             "closed": self._closed.set,
+            "code": lambda **asked: self._code_sender.fire(partial(self._send_code, **asked)),
+            "code-done": lambda runner: self._code_sender.fire(self._drop_code, runner),
         }
         self._port.attach(self._receive)
         self.client.flame_lost = self._lost
@@ -234,6 +249,20 @@ class PoolLife(SyncMethodMixin):
             self._news[what](**message)
         except Exception:
             logger.exception("pool %s: message %r", self.name, what)
+
+    def _send_code(self, runner: str, no: int, since: int, stream: int) -> None:
+        """Answer a runner that asks for code (J2, J3); in a thread of its own."""
+        assert self._code is not None, "only a pool that has code to send is asked"
+        try:
+            answer = self._code.answer(runner, since, stream)
+        except Exception as error:  # it must not wait in vain
+            logger.exception("pool %s: no code for %s", self.name, runner)
+            answer = {"refused": repr(error)}
+        self._port.post({"what": "code", "no": no, "answer": answer})
+
+    def _drop_code(self, runner: str) -> None:
+        if self._code is not None:
+            self._code.drop(runner)
 
     def _open_done(self, error: FlameError | None = None) -> None:
         if self._opened.done():
@@ -298,6 +327,7 @@ class PoolLife(SyncMethodMixin):
             parts.callback(self._hooks.close, GRACE)
             parts.callback(self._settlers.close, GRACE)
             parts.callback(self._heard.close, GRACE)
+            parts.callback(self._code_sender.close, GRACE)
             if self.cluster is not None:
                 parts.callback(self._backend.close, self.cluster)
             if self.client is not None:
@@ -312,6 +342,7 @@ class PoolLife(SyncMethodMixin):
             parts.push_async_callback(asyncio.to_thread, self._hooks.close, GRACE)
             parts.push_async_callback(asyncio.to_thread, self._settlers.close, GRACE)
             parts.push_async_callback(asyncio.to_thread, self._heard.close, GRACE)
+            parts.push_async_callback(asyncio.to_thread, self._code_sender.close, GRACE)
             if self.cluster is not None:
                 parts.push_async_callback(self._close_cluster)
             if self.client is not None:
@@ -350,6 +381,8 @@ class PoolLife(SyncMethodMixin):
 
     def _over(self) -> None:
         self._state = "closed"
+        if self._code is not None:
+            self._code.close()
         registry.unregister(self)
 
     def _announce_end(self) -> None:

@@ -18,6 +18,7 @@ import psutil
 from distributed import get_worker
 
 from flame_dask.dask_internals import attach_result
+from flame_dask.errors import BootError
 from flame_dask.payload import Payload, check_exception, pack_value
 from flame_dask.runner import coroutines, offspring, output
 from flame_dask.runner.channel import Channel, current
@@ -67,10 +68,27 @@ def run_call(
         return _hand_over(work(payload, inputs, terms), terms)
     if plugin.processes is None:
         channel = _channel(plugin, terms)
-        return run_in_thread(plugin.terminator, payload, inputs, terms, channel)
+        if not terms.code:
+            return run_in_thread(plugin.terminator, payload, inputs, terms, channel)
+        # Once it can be ended: it may have to wait for the parent.
+        ready = partial(_has_code, plugin, terms)
+        return run_in_thread(plugin.terminator, payload, inputs, terms, channel, wanted=ready)
     note = partial(plugin.note, terms.task)
-    result = plugin.processes.run(plugin.terminator, payload, inputs, terms, note)
+    has_code = partial(_has_code, plugin, terms) if terms.code else None
+    result = plugin.processes.run(plugin.terminator, payload, inputs, terms, note, has_code)
     return _hand_over(result, terms)
+
+
+def _has_code(plugin: Any, terms: Terms, given_up: Callable[[], object] = lambda: False) -> bool:
+    """Wait until the runner has the code that a call needs, or the call is given up (J3)."""
+    try:
+        if plugin.code is not None:
+            plugin.code.require(terms.code, given_up)
+    except BootError as error:
+        failure = error
+    else:
+        return True
+    raise carried(failure)
 
 
 def _channel(plugin: Any, terms: Terms) -> Channel | None:
@@ -203,7 +221,7 @@ async def run_call_async(
     around = current.set(channel)
     # A task of its own. It can be cancelled without cancelling Dask's, and outlives that one, which
     # is cancelled as a worker closes: what becomes of the work then is not for Dask to say (G2).
-    run.work = asyncio.create_task(_work_async(payload, inputs, terms))
+    run.work = asyncio.create_task(_work_async(payload, inputs, terms, plugin.code))
     current.reset(around)
     offspring.ledger.reset(book)
 
@@ -253,7 +271,7 @@ def work(payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms) -
     except CallTerminated:
         raise
     except BaseException as error:
-        failure = _carried(error)
+        failure = carried(error)
     finally:
         output.finish(current.get())
     # Not above: the error would become the context of its own carrier, and travel twice.
@@ -261,9 +279,11 @@ def work(payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms) -
 
 
 async def _work_async(
-    payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms
+    payload: Payload, inputs: Mapping[str, Payload] | None, terms: Terms, code: Any = None
 ) -> Payload | None:
     try:
+        if terms.code and code is not None:
+            await code.require_async(terms.code)
         fn, args, kwargs = _open(payload, inputs)
         value = await (_special(fn, args, kwargs, terms) if terms.mode else fn(*args, **kwargs))
         return _hand_over(None if terms.inline_limit < 0 else pack_value(value), terms)
@@ -271,7 +291,7 @@ async def _work_async(
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise  # the work is being ended, or the runner is closing
-        failure = _carried(error)
+        failure = carried(error)
     finally:
         output.finish(current.get())
     raise failure
@@ -298,7 +318,7 @@ def _open(payload: Payload, inputs: Mapping[str, Payload] | None) -> Any:
         del _opening.inputs
 
 
-def _carried(error: BaseException) -> CallRaised:
+def carried(error: BaseException) -> CallRaised:
     """Put an exception into its carrier. Also Dask's Reschedule: a call starts once (F1)."""
     error = check_exception(error)
     try:
@@ -321,6 +341,7 @@ def _hand_over(result: Payload | None, terms: Terms) -> Payload | None:
 __all__ = [
     "CallRaised",
     "Terms",
+    "carried",
     "input_value",
     "run_call",
     "run_call_async",

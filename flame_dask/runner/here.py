@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from flame_dask import package
@@ -28,12 +29,15 @@ class Parent:
         Where runners come from: the name of the cluster class.
     versions
         The parent's versions: of ``python``, ``dask``, ``distributed`` and ``flame_dask``.
+    files
+        The folder with the files of the pool's ``copy_paths``; ``None`` without code sync (J2).
     """
 
     pool: str
     runner: str
     backend: str
     versions: Mapping[str, str]
+    files: Path | None = None
 
 
 class ParentInfo(NamedTuple):
@@ -77,11 +81,11 @@ def become_another() -> None:
     _process = uuid.uuid4().hex
 
 
-def arrive(info: ParentInfo | None, runner: str) -> None:
+def arrive(info: ParentInfo | None, runner: str, files: Path | None = None) -> None:
     """Take note that this process is a runner, unless it is the parent itself."""
     global _parent  # noqa: PLW0603  # there is one such thing a process
     if info is not None and not is_parent(info):
-        _parent = Parent(info.pool, runner, info.backend, info.versions)
+        _parent = Parent(info.pool, runner, info.backend, info.versions, files)
 
 
 def depart() -> None:

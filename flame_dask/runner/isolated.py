@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -208,7 +209,7 @@ class CallProcesses:
         grace: float,
         log: bool = False,
     ) -> None:
-        self._setting = info, runner, log
+        self._setting: tuple[Any, ...] = info, runner, log, None
         self._guard = guard
         self._grace = grace
         self._lock = threading.Lock()
@@ -216,6 +217,7 @@ class CallProcesses:
         self._control: socket.socket | None = None
         self._idle: list[CallProcess] = []
         self._busy: set[CallProcess] = set()
+        self._outdated: set[CallProcess] = set()
         self._closed = False
         self._oom_kills = kernel_kills()
 
@@ -226,6 +228,26 @@ class CallProcesses:
             self._busy.discard(process)
             self._idle.append(process)
 
+    def renew(self, files: Path | None) -> None:
+        """Let further calls have new processes, since the code is another one (J3).
+
+        A process that has loaded a module can't be trusted to do without it, and a new one is there
+        in milliseconds. Those that run calls go on, and are not used again.
+
+        Parameters
+        ----------
+        files
+            What the processes are told of where copied files are.
+        """
+        with self._lock:
+            self._setting = *self._setting[:3], files
+            self._outdated |= self._busy
+            idle, self._idle = self._idle, []
+            if idle and not self._closed:
+                self._idle.append(self._spawn())
+        for process in idle:
+            self._kill(process)
+
     def run(
         self,
         terminator: Terminator,
@@ -233,6 +255,7 @@ class CallProcesses:
         inputs: Mapping[str, Payload] | None,
         terms: Terms,
         note: Callable[[Message], None],
+        ready: Callable[[Callable[[], object]], object] | None = None,
     ) -> Payload | None:
         """Run a call in a process, and wait for its result.
 
@@ -244,6 +267,8 @@ class CallProcesses:
             The call.
         note
             Takes what it tells its parent, on the way to the host.
+        ready
+            Waits for what the call needs, as long as what it is given does not return true.
 
         Raises
         ------
@@ -256,10 +281,16 @@ class CallProcesses:
         status: int | None = None
         try:
             if terminator.enter(run):
+                if ready is not None:
+                    ready(lambda: run.reason)
                 process = self._take()
                 if run.take(process):
                     with suppress(EOFError):
                         answer = process.ask((payload, inputs, terms), note)
+        except CallRaised:  # it can't have what it needs
+            if terminator.leave(run):
+                return None
+            raise
         except BaseException:
             # No process can be had, or there is no room for its answer.
             if process is not None:
@@ -354,9 +385,10 @@ class CallProcesses:
     def _give_back(self, process: CallProcess) -> None:
         with self._lock:
             self._busy.discard(process)
-            if not self._closed:
+            if not self._closed and process not in self._outdated:
                 self._idle.append(process)
                 return
+            self._outdated.discard(process)
         self._kill(process)
 
     def _wait_for_group(self, process: CallProcess) -> None:
@@ -374,6 +406,7 @@ class CallProcesses:
         status = process.exit_status(STATUS_WAIT)
         with self._lock:
             self._busy.discard(process)
+            self._outdated.discard(process)
         process.close()
         if process.pid:
             self._guard.remove(process.pid)

@@ -210,12 +210,13 @@ def _become_call_process(conn: int, unused: list[int]) -> None:
 
 def _serve(conn: socket.socket) -> None:
     """Run calls, one after the other, until the runner is gone."""
-    with conn, conn.makefile("rb") as stream, suppress(EOFError):
-        path, environment, info, runner, log = wire.receive(stream)
+    gone = suppress(EOFError, BrokenPipeError)  # or it needs this process no more (J3)
+    with conn, conn.makefile("rb") as stream, gone:
+        path, environment, info, runner, log, files = wire.receive(stream)
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
-        here.arrive(info, runner)
+        here.arrive(info, runner, files)
         if log:
             output.install()
         run = partial(audible, conn) if log else work

@@ -11,14 +11,17 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from flame_dask import dask_internals as internals
+from flame_dask.code_sync.receiver import Places
 from flame_dask.constants import GRACE_MARGIN, LAST_RESORT, LEAVES
 from flame_dask.payload import Payload, pack_value
 from flame_dask.runner import here, lifeline, offspring, output, signals
+from flame_dask.runner.code import NotReady, RunnerCode
 from flame_dask.runner.guard import Guard
 from flame_dask.runner.isolated import CallProcesses
 from flame_dask.runner.memory import MemoryWatch
@@ -57,6 +60,8 @@ class FlameRunner(WorkerPlugin):
         What the runner is to know of its parent.
     log
         Whether what calls print and log goes to the parent (B8).
+    places
+        Where the parent's code is put, if it gets that (J2).
 
     Attributes
     ----------
@@ -64,6 +69,8 @@ class FlameRunner(WorkerPlugin):
         Ends calls.
     processes
         What calls run in, if they have processes of their own.
+    code
+        The parent's code, if it gets that.
     id
         The runner's id; ``None`` if that is the worker's name.
     threads
@@ -83,6 +90,7 @@ class FlameRunner(WorkerPlugin):
         idle_limit: float = IDLE_LIMIT,
         parent: here.ParentInfo | None = None,
         log: bool = False,
+        places: Places | None = None,
     ) -> None:
         self.pool = pool
         self.isolation = isolation
@@ -93,6 +101,8 @@ class FlameRunner(WorkerPlugin):
         self.idle_limit = idle_limit
         self.parent = parent
         self.log = log
+        self.places = places
+        self.code: RunnerCode | None = None
         self.id: str | None = None
         self.threads: int | None = None
 
@@ -146,23 +156,40 @@ class FlameRunner(WorkerPlugin):
         lifeline.arrived()
         if watch is not None:
             watch.ready(self)
-        if self.processes is None:
+        # In the parent's own process there is all of its code.
+        if self.places is not None and not here.is_parent(self.parent):
+            self.code = RunnerCode(worker, self.places, self._code_changed)
+        if self.processes is None and self.code is None:
             self._send({"what": "ready"})
         else:
-            threading.Thread(target=self._warm_up, name="flame-warm-up", daemon=True).start()
+            threading.Thread(
+                target=self._warm_up, args=(name,), name="flame-warm-up", daemon=True
+            ).start()
 
-    def _warm_up(self) -> None:
-        """Have a first process for calls: to start Python must not take part of a call's time."""
-        assert self.processes is not None
+    def _warm_up(self, name: str) -> None:
+        """Get the parent's code, and have a first process for calls.
+
+        To start Python must not take part of a call's time.
+        """
         try:
-            self.processes.warm()
+            if self.code is not None:
+                self.code.boot(self.parent, name)
+            if self.processes is not None:
+                self.processes.warm()
+        except NotReady as error:
+            news = {"phase": error.phase, "cause": error.cause, "log_tail": error.log_tail}
+            self._on_loop(self._send, {"what": "boot-refused", **news})
         except Exception:
             # Without the word that it is ready the boot fails, at last by its timeout.
-            logger.exception("no process for calls can be had")
+            logger.exception("this runner can't get ready")
             if self._own_process:
                 offspring.end_process(1)
         else:
             self._on_loop(self._send, {"what": "ready"})
+
+    def _code_changed(self, files: Path) -> None:
+        if self.processes is not None:
+            self.processes.renew(files)
 
     def _is_busy(self) -> bool:
         return bool(self.terminator.runs)
@@ -256,6 +283,7 @@ class FlameRunner(WorkerPlugin):
             await asyncio.wait_for(internals.dismiss_nanny(self._worker), GRACE_MARGIN)
         except (OSError, TimeoutError):
             logger.warning("pool %s: this runner's nanny does not answer", self.pool)
+        await self._remove_code()
         offspring.end_process()
 
     def parent_is_gone(self) -> None:
@@ -310,6 +338,7 @@ class FlameRunner(WorkerPlugin):
             await self._in_thread(self.processes.close)
             quiet = await terminator.quiet(GRACE_MARGIN)
         terminator.close()
+        await self._remove_code()
         for undo in self._undo:
             undo()
         if self._own_process and internals.is_closing(worker):
@@ -322,6 +351,12 @@ class FlameRunner(WorkerPlugin):
             self._own_guard.close()
         if not here.is_parent(self.parent):
             here.depart()
+
+    async def _remove_code(self) -> None:
+        """Remove what has been copied, also if that goes on (J5)."""
+        if self.code is not None:
+            self.code.stop()
+            await self._in_thread(self.code.close)
 
     async def _in_thread(self, function: Callable[[], None]) -> None:
         thread = threading.Thread(target=function, name="flame-close", daemon=True)

@@ -88,6 +88,8 @@ class Terms(NamedTuple):
     nothing."""
     pool: str = ""
     """The pool's name, for these."""
+    code: int = 0
+    """The revision of the parent's code that it needs (J3)."""
 
 
 def strike(thread: int) -> None:

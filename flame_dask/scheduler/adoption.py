@@ -42,7 +42,7 @@ class Adoption:
         loop: AbstractEventLoop,
         core: PoolState,
         addresses: Mapping[str, str],
-        send_parent: Callable[[Message], None],
+        send_parent: Callable[[Message], object],
     ) -> None:
         self._scheduler = scheduler
         self._loop = loop

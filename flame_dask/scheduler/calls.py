@@ -30,6 +30,8 @@ class HostCall:
         How often it may be started anew when its runner is lost (F1).
     mode
         ``track``, ``child`` or ``stream``, if it is more than a call.
+    code
+        The revision of the parent's code that it needs (J3); 0 is none.
     """
 
     __slots__ = (
@@ -37,6 +39,7 @@ class HostCall:
         "answered",
         "asynchronous",
         "client",
+        "code",
         "delivering",
         "how",
         "inputs",
@@ -62,6 +65,7 @@ class HostCall:
         link: bool,
         retries: int,
         mode: str = "",
+        code: int = 0,
     ) -> None:
         self.key = key
         self.client = client
@@ -73,6 +77,7 @@ class HostCall:
         self.link = link
         self.retries = retries
         self.mode = mode
+        self.code = code
         self.runs = 0
         # The key of its Dask task: each run has its own, so that news of an earlier one is known
         # as such (F1).

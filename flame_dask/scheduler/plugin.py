@@ -39,6 +39,7 @@ from flame_dask.scheduler.calls import (
     scaled_message,
     timeout_error,
 )
+from flame_dask.scheduler.code import CodeRelay
 from flame_dask.scheduler.driver import CoreDriver
 from flame_dask.scheduler.inquest import PATIENCE, Verdict
 from flame_dask.scheduler.notes import Notes
@@ -79,6 +80,8 @@ class FlameScheduler(SchedulerPlugin):
         Whether the scheduler counts as busy as long as the pool is open, with work or without.
     versions
         What the parent has; runners have to fit.
+    sends_code
+        Whether runners get code of the parent.
     """
 
     name = "flame"
@@ -96,7 +99,9 @@ class FlameScheduler(SchedulerPlugin):
         patience: float = PATIENCE,
         keep_awake: bool = False,
         versions: Mapping[str, str] | None = None,
+        sends_code: bool = False,
     ) -> None:
+        self.sends_code = sends_code
         self.adopts = adopts
         self.patience = patience
         self.keep_awake = keep_awake
@@ -151,11 +156,16 @@ class FlameScheduler(SchedulerPlugin):
             "idle-answer": self._on_idle_answer,
             "terminated": self._on_terminated,
             "call-lost": self._on_call_lost,
+            "boot-refused": self._on_boot_refused,
         }
         told = self.calls, self._tasks.running, self.runner_at, self._send, self._driver.tell
         self._notes = notes = Notes(scheduler, *told)
         self._handlers["note"] = notes.on_note
         self._handlers["order"] = notes.on_order
+        self._code = CodeRelay(self.runner_at, self._send_parent) if self.sends_code else None
+        if self._code is not None:
+            self._handlers["code"] = self._code.answered
+            scheduler.handlers[internals.CODE] = self._code.ask
         internals.listen_to_streams(scheduler, self.receive)
         scheduler.handlers["flame"] = self.answer
         parts = scheduler, self._loop, self.core, self.address_of, self._send_parent
@@ -167,6 +177,8 @@ class FlameScheduler(SchedulerPlugin):
         """Stop the clock: the scheduler closes."""
         self._driver.stop()
         self._tasks.inquest.close()
+        if self._code is not None:
+            self._code.give_up()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -200,9 +212,10 @@ class FlameScheduler(SchedulerPlugin):
         if not internals.send_to_client(self.scheduler, client, message):
             logger.info("pool %s: %s is gone, %r undelivered", self.pool, client, message["what"])
 
-    def _send_parent(self, message: Message) -> None:
+    def _send_parent(self, message: Message) -> bool:
         if self.parent is not None:
             self._send(self.parent, message)
+        return self.parent is not None
 
     # -- from the parent -----------------------------------------------------------------------
 
@@ -230,8 +243,9 @@ class FlameScheduler(SchedulerPlugin):
         inputs: dict[str, Payload] | None = None,
         mode: str = "",
         affinity: str | None = None,
+        code: int = 0,
     ) -> None:
-        call = HostCall(key, client, payload, inputs, keep, asynchronous, link, retries, mode)
+        call = HostCall(key, client, payload, inputs, keep, asynchronous, link, retries, mode, code)
         _, run, total = limits
         call.limit = run if total is None else total
         self.calls[key] = call
@@ -310,6 +324,11 @@ class FlameScheduler(SchedulerPlugin):
         if runner is not None:
             self._tell(ev.RunnerReady(runner))
 
+    def _on_boot_refused(self, worker: str, phase: str, cause: str, log_tail: list[str]) -> None:
+        runner = self.runner_at.get(worker)
+        if runner is not None:
+            self._tell(ev.BootRefused(runner, BootProblem(phase, cause, tuple(log_tail))))
+
     def _on_leaving(self, worker: str, reason: str) -> None:
         runner = self.runner_at.get(worker)
         if runner is not None:
@@ -373,6 +392,8 @@ class FlameScheduler(SchedulerPlugin):
         if runner is None:
             return
         del self.address_of[runner]
+        if self._code is not None:
+            self._code.gone(runner)
         self._tasks.strand(worker, stimulus_id)
         # The core answers for those whose callers still wait, or starts them anew (retries).
         refused = self._arrivals.refused.pop(runner, None)
@@ -409,6 +430,8 @@ class FlameScheduler(SchedulerPlugin):
         logger.info("pool %s: its parent is gone", self.pool)
         self.parent = None
         self._orphaned = True
+        if self._code is not None:
+            self._code.give_up()
         gateway.want_no_workers(self.scheduler)
         self._tell(ev.Close())
         for runner in [r.id for r in self.core.runners.values() if r.state == "stopping"]:

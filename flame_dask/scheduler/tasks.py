@@ -104,6 +104,7 @@ class CallTasks:
             call.asynchronous,
             call.mode,
             self._pool if call.mode else "",
+            call.code,
         )
         run = run_call_async if on_loop else run_call
         spec = internals.make_task(task, run, call.payload, call.inputs, terms)

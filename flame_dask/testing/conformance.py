@@ -16,6 +16,7 @@ seen from the parent and from within calls alone: runners may be anywhere.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import platform
@@ -155,6 +156,21 @@ class Conformance:
         assert len({future.result(20 * self._on.slow) for future in futures}) == 10
         assert pool.submit(abs, pool.submit(int, "-3")).result(20 * self._on.slow) == 3
         pool.cast(int)
+
+    def test_j2_j3_code_comes_along(self, open_pool: MakePool, tmp_path: Path) -> None:
+        """And files; what is edited is what runs next."""
+        module = tmp_path / "code" / "conformance_synced.py"
+        module.parent.mkdir()
+        module.write_text("NUMBER = 1\n")
+        (tmp_path / "large.bin").write_bytes(bytes(range(256)) * 10_000)
+        sync = {
+            "sync_modules": [str(module.parent)],
+            "copy_paths": [str(tmp_path / "large.bin")],
+        }
+        pool = open_pool(max=1, code_sync=sync)
+        assert pool.call(_look_at_code) == (1, 2_560_000)
+        module.write_text("NUMBER = 2\n")
+        assert pool.call(_look_at_code) == (2, 2_560_000)
 
     def test_a5_d1_min_runners_stay(self, open_pool: MakePool) -> None:
         """They are there when the pool opens, and for as long as it is open."""
@@ -348,6 +364,14 @@ def _raise_lookup(x: int) -> None:
 def _where() -> tuple[str, int]:
     """Return the runner's machine and process."""
     return socket.gethostname(), os.getpid()
+
+
+def _look_at_code() -> tuple[int, int]:
+    parent = flame_dask.parent()
+    assert parent is not None
+    assert parent.files is not None
+    number: int = importlib.import_module("conformance_synced").NUMBER
+    return number, (parent.files / "large.bin").stat().st_size
 
 
 class _Counter:

@@ -210,6 +210,12 @@ class PoolMachine(RuleBasedStateMachine):
         """Let a boot fail."""
         self.pool.tell(ev.BootFailed(self._runner(data, "booting"), _REFUSED))
 
+    @_has("booting")
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        """Let a runner say that it can't get ready."""
+        self.pool.tell(ev.BootRefused(self._runner(data, "booting"), _REFUSED))
+
     @_has("booting", "ready", "draining")
     @rule(data=st.data(), cause=st.sampled_from(["exited", "signal"]))
     def lose(self, data: st.DataObject, cause: str) -> None:
@@ -255,6 +261,7 @@ class PoolMachine(RuleBasedStateMachine):
         for runner in self.pool.runners_in("gone")[-3:]:
             news += [ev.RunnerReady(runner), ev.RunnerStopped(runner)]
             news += [ev.RunnerLost(runner, "exited"), ev.BootFailed(runner, _REFUSED)]
+            news.append(ev.BootRefused(runner, _REFUSED))
             news.append(ev.RunnerLeaving(runner, "SIGTERM"))
         for call in self.pool.calls_in("over")[-3:]:
             news += [ev.CallEnded(call), ev.CallReleased(call), ev.CallLost(call, "oom")]

@@ -87,6 +87,33 @@ def test_a8_the_package_comes_along_and_no_secret_is_seen(
     assert "PRIVATE KEY" not in repr(pool) + repr(pool.options)
 
 
+def test_j2_j3_a_bare_python_gets_the_parents_code(
+    make_ssh_pool: MakePool,
+    python_without_flame: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another environment, in an empty folder: flame_dask comes along, and so does the program."""
+    folder = tmp_path / "program"
+    (folder / "carried").mkdir(parents=True)
+    module = folder / "carried" / "__init__.py"
+    module.write_text("def where(): return __file__, 1\n")
+    (folder / "carried" / "data.txt").write_text("data")
+    monkeypatch.syspath_prepend(folder)
+    import carried  # type: ignore[import-not-found]
+
+    there = {"remote_python": python_without_flame}
+    pool = make_ssh_pool(max=1, cluster=there, code_sync={"sync_modules": ["carried"]})
+    file, number = pool.call(carried.where)
+    assert number == 1
+    assert not file.startswith(str(folder))
+    assert Path(file).with_name("data.txt").read_text() == "data"
+    module.write_text("def where(): return __file__, 2\n")
+    assert pool.call(carried.where)[1] == 2
+    pool.close()
+    assert not Path(file).exists()
+
+
 def test_a_client_without_the_pools_certificates_is_refused(make_ssh_pool: MakePool) -> None:
     pool = make_ssh_pool(max=1, security=Security.temporary())
     assert pool.call(int) == 0

@@ -19,10 +19,18 @@ from flame_dask.core.transitions import (
 )
 from flame_dask.testing import HANGS, Dies, Fails, Script
 
+PROBLEM = ev.BootProblem("apps", "no such port")
+
 
 def boots(**options: object) -> Script:
     pool = Script(max=2, boots=HANGS, stop=None, **options).open()
     pool.submit()
+    return pool
+
+
+def refused() -> Script:
+    pool = boots()
+    pool.tell(ev.BootRefused("pool-1", PROBLEM))
     return pool
 
 
@@ -52,6 +60,7 @@ RUNNER_STORIES = {
     ("booting", "ready"): ready,
     ("booting", "failed"): lambda: Script(min=1, max=1, boots=Fails()).open().run_for(0),
     ("booting", "timed out"): lambda: boots(boot_timeout=1.0).run_for(1),
+    ("booting", "refused"): refused,
     ("booting", "lost"): lambda: Script(min=1, max=1, boots=Dies(), stop=None).open().run_for(0),
     ("booting", "not needed"): lambda: boots().close(),
     ("ready", "drain"): draining,
@@ -220,6 +229,7 @@ def test_the_story_is_bounded():
         ev.RunnerLeaving("pool-1", "SIGTERM"),
         ev.IdleAnswer("pool-1", 1, True),
         ev.BootFailed("pool-1", ev.BootProblem("start", "refused")),
+        ev.BootRefused("pool-1", PROBLEM),
         ev.CallEnded("call-1", "SIGKILL to its processes"),
         ev.CallLost("call-1", "oom"),
         ev.CallReleased("call-1"),
@@ -244,6 +254,22 @@ def test_a_failed_boot_of_a_runner_that_said_it_is_ready_is_a_loss(state):
     assert pool.core.counters["runners_lost"] == 1
     assert pool.core.counters["lost"] == 1
     assert "pool-1" not in pool.alive
+
+
+def test_c6_a_runner_that_says_it_can_not_get_ready_is_stopped_and_tried_again():
+    pool = boots()
+    pool.tell(ev.BootRefused("pool-1", PROBLEM))
+    assert pool.stopping == ["pool-1"]
+    assert pool.core.counters["boot_failures"] == 1
+    # It holds its place until nothing of it is left (C1).
+    assert pool.core.runners["pool-1"].state == "stopping"
+    # When it is ready after all, or gone, that is no news.
+    pool.tell(ev.RunnerReady("pool-1"))
+    pool.tell(ev.BootRefused("pool-1", PROBLEM))
+    assert pool.core.counters["boot_failures"] == 1
+    pool.tell(ev.RunnerStopped("pool-1"))
+    pool.run_for(5)
+    assert "pool-2" in pool.core.runners
 
 
 def test_a_clock_that_goes_back_stands_still():

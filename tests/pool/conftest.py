@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import Child, FlamePool
-from support import all_children_end
+from support import Program, all_children_end
 
 QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
 
@@ -89,3 +90,33 @@ def place(lasting: FlamePool, log: Path) -> Iterator[Callable[..., Child]]:
             return child
 
         yield place
+
+
+# -- code sync -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
+    folder = tmp_path / "program"
+    folder.mkdir()
+    # Runners start where their parent is, so that is an empty folder; and the tests are no part of
+    # the program.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    root = Path(__file__).parents[2]
+    rest = [text for text in sys.path if not Path(text or ".").resolve().is_relative_to(root)]
+    monkeypatch.setattr(sys, "path", [str(folder), *rest])
+    before = set(sys.modules)
+    yield Program(folder)
+    for name in set(sys.modules) - before:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def shop(program: Program) -> Program:
+    program.write("shop/__init__.py", "from shop.prices import LIMIT\n")
+    program.write("shop/prices.py", "LIMIT = 1\ndef price(): return LIMIT\n")
+    program.write("shop/basket.py", "from .prices import LIMIT as top\ndef total(): return top\n")
+    return program
