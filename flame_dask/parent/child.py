@@ -11,16 +11,16 @@ from dask.utils import funcname
 
 from flame_dask.child_spec import ChildSpec, is_object
 from flame_dask.errors import SerializationError
-from flame_dask.options import split_reserved
-from flame_dask.parent.futures import PoolFuture, collected
+from flame_dask.parent.futures import collected
 from flame_dask.parent.kept import Kept
-from flame_dask.runner.keeper import invoke, kept_value
+from flame_dask.parent.methods import HasMethods
+from flame_dask.runner.keeper import kept_value
 
 if TYPE_CHECKING:
     from flame_dask.parent.pool import FlamePool
 
 
-class Child:
+class Child(HasMethods):
     """Something long-lived on a runner; :meth:`FlamePool.place_child` starts it.
 
     Its methods are called as if they were its own: ``child.add(3)`` is ``child.call("add", 3)``.
@@ -46,57 +46,10 @@ class Child:
 
     # -- its methods ---------------------------------------------------------------------------
 
-    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Call one of its methods, and return what that returns.
-
-        Parameters
-        ----------
-        method
-            The method's name.
-        args, kwargs
-            As for :meth:`FlamePool.call`, reserved keywords included. The limit of time for running
-            counts from the moment at which its turn comes.
-
-        Returns
-        -------
-        The method's value; an awaitable of it if the pool is asynchronous.
-
-        Raises
-        ------
-        BaseException
-            What the method raised; the child lives on.
-        CallTimeout
-            It took too long, or its turn did not come in time.
-        RunnerLost
-            The runner is gone, or the child's own process, and the child with it.
-        CallCancelled
-            The child has ended.
-        TypeError
-            The child is a function: it has no methods.
-
-        Examples
-        --------
-        >>> child.call("add", 5, timeout="10s")  # doctest: +SKIP
-        """
-        own, reserved = split_reserved(kwargs)
-        return self._pool.call(invoke, self._itself(method), method, args, own, **reserved)
-
-    def submit(self, method: str, /, *args: Any, **kwargs: Any) -> PoolFuture[Any]:
-        """Call one of its methods, and return a future at once.
-
-        Parameters, and what the future raises, are those of :meth:`call`.
-
-        Examples
-        --------
-        >>> future = child.submit("add", 5)  # doctest: +SKIP
-        """
-        own, reserved = split_reserved(kwargs)
-        return self._pool.submit(invoke, self._itself(method), method, args, own, **reserved)
-
-    def _itself(self, method: str) -> _Itself:
+    def _bound(self, method: str) -> tuple[FlamePool, _Itself]:
         if not is_object(self._spec):
             raise TypeError(f"{self!r} is a function: it has no method {method!r}")
-        return _Itself(self._kept)
+        return self._pool, _Itself(self._kept)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -172,16 +125,7 @@ class Child:
         --------
         >>> child.result(60)  # doctest: +SKIP
         """
-        if self._pool.asynchronous:
-            return self._result(timeout)
-        if not self.wait(timeout):
-            raise TimeoutError(f"{self!r} has not ended after {timeout} s")
-        return self._kept.life.load()
-
-    async def _result(self, timeout: float | None) -> Any:
-        if not await self._wait(timeout):
-            raise TimeoutError(f"{self!r} has not ended after {timeout} s")
-        return self._kept.life.load()
+        return self._at_end(timeout, self._kept.life.load)
 
     def exception(self, timeout: float | None = None) -> Any:
         """Wait for its end, and return what :meth:`result` would raise; ``None`` is nothing.
@@ -190,16 +134,20 @@ class Child:
         --------
         >>> child.exception(60)  # doctest: +SKIP
         """
-        if self._pool.asynchronous:
-            return self._exception(timeout)
-        if not self.wait(timeout):
-            raise TimeoutError(f"{self!r} has not ended after {timeout} s")
-        return self._kept.life.exception
+        return self._at_end(timeout, lambda: self._kept.life.exception)
 
-    async def _exception(self, timeout: float | None) -> BaseException | None:
-        if not await self._wait(timeout):
-            raise TimeoutError(f"{self!r} has not ended after {timeout} s")
-        return self._kept.life.exception
+    def _at_end(self, timeout: float | None, come_to: Callable[[], Any]) -> Any:
+        """Wait for its end, and return what it has come to, as :meth:`result` says."""
+
+        def outcome(ended: bool) -> Any:
+            if not ended:
+                raise TimeoutError(f"{self!r} has not ended after {timeout} s")
+            return come_to()
+
+        async def awaited() -> Any:
+            return outcome(await self._wait(timeout))
+
+        return awaited() if self._pool.asynchronous else outcome(self.wait(timeout))
 
     def stop(self, timeout: float | None = None) -> Any:
         """End it decently: by its own ``stop``, ``close`` or ``__exit__``, after what it has to do.

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from flame_dask import tracking
 from flame_dask.errors import PoolClosed, PoolNotFound, SerializationError
-from flame_dask.options import split_reserved
 from flame_dask.parent import registry
-from flame_dask.parent.futures import PoolFuture, collected
+from flame_dask.parent.futures import collected
 from flame_dask.parent.kept import Hold
-from flame_dask.runner.keeper import invoke, itself, kept_value
+from flame_dask.parent.methods import HasMethods
+from flame_dask.runner.keeper import itself, kept_value
 
 if TYPE_CHECKING:
     from flame_dask.parent.pool import FlamePool
 
 
-class RemoteObject:
+class RemoteObject(HasMethods):
     """Something that a call has left on its runner.
 
     It is made by :func:`flame_dask.keep`, or a :class:`~flame_dask.Trackable`, in the result of a
@@ -44,52 +44,9 @@ class RemoteObject:
         self._hold = hold
         self._kind = kind
 
-    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Call one of its methods, and return what that returns.
-
-        Parameters
-        ----------
-        method
-            The method's name.
-        args, kwargs
-            As for :meth:`FlamePool.call`, reserved keywords included. The limit of time for running
-            counts from the moment at which its turn comes.
-
-        Returns
-        -------
-        The method's value; an awaitable of it if the pool is asynchronous.
-
-        Raises
-        ------
-        BaseException
-            What the method raised.
-        CallTimeout
-            It took too long, or its turn did not come in time.
-        RunnerLost
-            The runner is gone, and the object with it.
-        ValueError
-            It has been released.
-
-        Examples
-        --------
-        >>> file.call("readline", timeout="5s")  # doctest: +SKIP
-        """
+    def _bound(self, method: str) -> tuple[FlamePool, Self]:
         pool, _ = self._there()
-        own, reserved = split_reserved(kwargs)
-        return pool.call(invoke, self, method, args, own, **reserved)
-
-    def submit(self, method: str, /, *args: Any, **kwargs: Any) -> PoolFuture[Any]:
-        """Call one of its methods, and return a future at once.
-
-        Parameters, and what the future raises, are those of :meth:`call`.
-
-        Examples
-        --------
-        >>> future = model.submit("predict", rows)  # doctest: +SKIP
-        """
-        pool, _ = self._there()
-        own, reserved = split_reserved(kwargs)
-        return pool.submit(invoke, self, method, args, own, **reserved)
+        return pool, self
 
     def get(self, **reserved: Any) -> Any:
         """Return a copy of the object itself.

@@ -88,7 +88,27 @@ def _close(desk: CallDesk, state: CallState) -> None:
         desk.cancel(state)
 
 
-class Stream:
+class _Reader:
+    """What the two kinds of streams have in common."""
+
+    def __init__(self, desk: CallDesk, send: Send) -> None:
+        self._source = source = _Source(desk)
+        state = send(items=source.take)
+        source.follow(state)
+        self._finalizer = weakref.finalize(self, _close, desk, state)
+        self._finalizer.atexit = False
+
+    def _look(self) -> tuple[bool, Any]:
+        """Return whether there was an item, and the item; at the end raise what has ended it."""
+        over = self._source.over  # before the look for an item: the last ones come first
+        there, item = self._source.pop()
+        if over and not there:
+            self._finalizer.detach()
+            self._source.finish()
+        return there, item
+
+
+class Stream(_Reader):
     """An iterator over what a generator on a runner yields; :meth:`FlamePool.stream` makes it.
 
     Closing it, or dropping it, ends the generator.
@@ -100,25 +120,15 @@ class Stream:
     ...         print(line)
     """
 
-    def __init__(self, desk: CallDesk, send: Send) -> None:
-        self._source = source = _Source(desk)
-        state = send(items=source.take)
-        source.follow(state)
-        self._finalizer = weakref.finalize(self, _close, desk, state)
-        self._finalizer.atexit = False
-
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Any:
         while self._finalizer.alive:
-            over = self._source.over  # before the look for an item: the last ones come first
-            there, item = self._source.pop()
+            there, item = self._look()
             if there:
                 return item
-            if over:
-                self._finalizer.detach()
-                self._source.finish()
+            if not self._finalizer.alive:
                 break
             try:
                 self._source.wait()
@@ -139,7 +149,7 @@ class Stream:
         self.close()
 
 
-class AsyncStream:
+class AsyncStream(_Reader):
     """The same for an asynchronous pool.
 
     Examples
@@ -150,14 +160,10 @@ class AsyncStream:
 
     def __init__(self, desk: CallDesk, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        self._source = source = _Source(desk)
-        state = send(items=source.take)
-        source.follow(state)
-        self._finalizer = weakref.finalize(self, _close, desk, state)
-        self._finalizer.atexit = False
+        super().__init__(desk, send)
         self._event = event = asyncio.Event()
         # Not this object, which would never be dropped.
-        source.wakers.append(lambda: loop.call_soon_threadsafe(event.set))
+        self._source.wakers.append(lambda: loop.call_soon_threadsafe(event.set))
 
     def __aiter__(self) -> Self:
         return self
@@ -165,13 +171,10 @@ class AsyncStream:
     async def __anext__(self) -> Any:
         while self._finalizer.alive:
             self._event.clear()
-            over = self._source.over  # before the look for an item: the last ones come first
-            there, item = self._source.pop()
+            there, item = self._look()
             if there:
                 return item
-            if over:
-                self._finalizer.detach()
-                self._source.finish()
+            if not self._finalizer.alive:
                 break
             try:
                 await self._event.wait()
