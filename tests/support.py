@@ -19,8 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from flame_dask import FlamePool
+
+#: Options of a cluster that nobody watches, and one that is quickly there.
+QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
+LOCAL = (LocalCluster, QUIET)
 
 #: For tests of what is the same wherever the scheduler is; others prove on both that it is.
 on_local = pytest.mark.parametrize("backend", ["local"], indirect=True)

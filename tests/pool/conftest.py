@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import Child, FlamePool
-from support import Program, all_children_end
+from support import QUIET, Program, all_children_end
 
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
+#: Fixtures with pools that outlive a test.
+LASTING = frozenset({"lasting", "isolated", "pools"})
 
 #: Calls in threads with the scheduler in the parent, and in processes with one of its own: how a
 #: call is run and how messages get to it have nothing to do with each other.
@@ -56,21 +58,24 @@ def lasting(lasting_pool: FlamePool, until: Callable[..., Any]) -> Iterator[Flam
     assert lasting_pool.status().counters["lost"] == 0
 
 
-@contextlib.contextmanager
-def no_children(request: pytest.FixtureRequest, until: Callable[..., Any]) -> Iterator[None]:
-    lasts = "lasting" in request.fixturenames
+@pytest.fixture
+def processes_end(request: pytest.FixtureRequest, until: Callable[..., Any]) -> Iterator[None]:
+    """See that processes end, in a test whose pool has new ones; one that lasts is not looked at.
+
+    It takes the place of the ordinary check, by ``usefixtures``.
+    """
+    lasts = LASTING.intersection(request.fixturenames)
     with contextlib.nullcontext() if lasts else all_children_end(until):
         yield
 
 
 @pytest.fixture
-def processes_end(request: pytest.FixtureRequest, until: Callable[..., Any]) -> Iterator[None]:
-    """For modules that put it in the place of ``nothing_is_left``.
-
-    That one takes the new processes for calls for left over.
-    """
-    with no_children(request, until):
+def copies_end(temporary_folder: Path, until: Callable[..., Any]) -> Iterator[None]:
+    """See that processes end, and that what runners have copied is gone then; likewise."""
+    before = set(os.listdir(temporary_folder))
+    with all_children_end(until):
         yield
+    until(lambda: set(os.listdir(temporary_folder)) <= before | {"dask-scratch-space"})
 
 
 @pytest.fixture

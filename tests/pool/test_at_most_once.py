@@ -16,17 +16,16 @@ from typing import Any
 
 import psutil
 import pytest
-from distributed import LocalCluster, Nanny, Reschedule
+from distributed import Nanny, Reschedule
 
 from flame_dask import CallCancelled, CallTimeout, FlamePool, RunnerLost
-from support import alive, pids, states, work
+from support import LOCAL, alive, pids, states, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
 pytestmark = pytest.mark.usefixtures("kills_runners")
 
-LOCAL = (LocalCluster, {"scheduler_kwargs": {"dashboard": False}})
 
 LARGE = 3_000_000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import signal
@@ -16,15 +15,13 @@ from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import FlamePool, RunnerLost
-from support import alive, all_children_end, on_local, pids, runner_pid, work
+from support import LOCAL, QUIET, alive, all_children_end, on_local, pids, runner_pid, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-pytestmark = pytest.mark.usefixtures("kills_runners")
+pytestmark = pytest.mark.usefixtures("processes_end")
 
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
 
 #: What a runner may have, and far more than it has when nothing runs on it; with processes of their
 #: own for calls, too.
@@ -166,14 +163,6 @@ def lasting(fast: dict[str, Any], until: Until) -> Iterator[FlamePool]:
     options = {**fast, "backend": backend, "isolation": "process", "max_concurrency": 4}
     with all_children_end(until), FlamePool("lasting", min=1, max=1, **options) as pool:
         yield pool
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest, until: Until) -> Iterator[None]:
-    """In the place of the ordinary check, which takes the new processes for calls for left over."""
-    lasts = "lasting" in request.fixturenames
-    with contextlib.nullcontext() if lasts else all_children_end(until):
-        yield
 
 
 @pytest.mark.parametrize(

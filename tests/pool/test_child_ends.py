@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import (
     CallCancelled,
@@ -31,6 +30,7 @@ from flame_dask import (
     place_child,
 )
 from support import (
+    LOCAL,
     Broken,
     Counter,
     Hanging,
@@ -49,15 +49,7 @@ from support import (
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-pytestmark = pytest.mark.usefixtures("kills_runners")
-
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(processes_end: None) -> None:
-    """In the place of the ordinary check, which takes the new processes for calls for left over."""
+pytestmark = pytest.mark.usefixtures("processes_end")
 
 
 # -- its end ---------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import (
     CallCancelled,
@@ -46,15 +45,7 @@ from support import (
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-pytestmark = pytest.mark.usefixtures("kills_runners")
-
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(processes_end: None) -> None:
-    """In the place of the ordinary check, which takes the new processes for calls for left over."""
+pytestmark = pytest.mark.usefixtures("processes_end")
 
 
 # -- kinds of children -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,14 @@ import pytest
 
 import flame_dask
 from flame_dask import BootError, CallTimeout, FlamePool, SerializationError
-from support import Program, all_children_end, runner_pid
+from support import Program, runner_pid
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
+pytestmark = pytest.mark.usefixtures("copies_end")
+
 SYNC_SHOP = {"sync_modules": ["shop"]}
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(
-    request: pytest.FixtureRequest, temporary_folder: Path, until: Until
-) -> Iterator[None]:
-    """As the ordinary check, which takes the processes of calls for left over, but for these."""
-    before = set(os.listdir(temporary_folder))
-    with all_children_end(until):
-        yield
-    until(lambda: set(os.listdir(temporary_folder)) <= before | {"dask-scratch-space"})
 
 
 # -- at boot --------------------------------------------------------------------------------------

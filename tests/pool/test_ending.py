@@ -18,16 +18,26 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
-from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import CallCancelled, CallTimeout, FlamePool, RunnerLost
-from support import alive, all_children_end, lines, pids, runner_pid, states, wait_for_file, work
+from support import (
+    LOCAL,
+    QUIET,
+    alive,
+    all_children_end,
+    lines,
+    pids,
+    runner_pid,
+    states,
+    wait_for_file,
+    work,
+)
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-pytestmark = pytest.mark.usefixtures("kills_runners")
+pytestmark = pytest.mark.usefixtures("processes_end")
 
 #: Seconds that a call gets here, and by how many its caller may hear of the end later.
 LIMIT = 0.5
@@ -39,8 +49,6 @@ GRACE = "0.3s"
 #: A library that is busy on all cores would hold up the test as well.
 ONE_CORE = {"OPENBLAS_NUM_THREADS": "1"}
 
-QUIET = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
 REMOTE = (SubprocessCluster, QUIET)
 
 
@@ -163,17 +171,6 @@ def pools(fast: dict[str, Any], until: Until) -> Iterator[Callable[[str, Any], F
 
         yield pool
     opened.clear()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest, until: Until) -> Iterator[None]:
-    """In the place of the ordinary check, which takes the pools' new runners for left over.
-
-    ``pools`` looks after its own processes, and a test's own pool is closed before this goes on.
-    """
-    lasts = "pools" in request.fixturenames
-    with contextlib.nullcontext() if lasts else all_children_end(until):
-        yield
 
 
 @pytest.mark.parametrize("work", list(WORKS))

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import FlamePool
+from support import LOCAL
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-LOCAL = (LocalCluster, {"scheduler_kwargs": {"dashboard": False}})
 
 INTERVAL = 0.2
 

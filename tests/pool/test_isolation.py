@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
 import signal
@@ -18,16 +17,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import FlamePool, SerializationError
-from support import alive, all_children_end, runner_pid
+from support import LOCAL, alive, all_children_end, runner_pid
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
+pytestmark = pytest.mark.usefixtures("processes_end")
+
 
 SLOTS = 4
 
@@ -46,14 +44,6 @@ def isolated(fast: dict[str, Any], until: Until) -> Iterator[FlamePool]:
     options["env"] = {"GREETING": "hello"}
     with all_children_end(until), FlamePool("isolated", min=1, max=1, **options) as pool:
         yield pool
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest, until: Until) -> Iterator[None]:
-    """In the place of the ordinary check, which takes the new processes for calls for left over."""
-    lasts = "isolated" in request.fixturenames
-    with contextlib.nullcontext() if lasts else all_children_end(until):
-        yield
 
 
 def test_b1_values_of_all_kinds(isolated: FlamePool) -> None:

@@ -21,14 +21,13 @@ from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import FlamePool
-from support import alive, lines, pids
+from support import QUIET, alive, lines, pids
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
 pytestmark = pytest.mark.usefixtures("kills_runners")
 
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
 BACKENDS = {"local": (LocalCluster, QUIET), "subprocess": (SubprocessCluster, QUIET)}
 LOCAL = BACKENDS["local"]
 

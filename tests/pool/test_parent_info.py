@@ -16,11 +16,9 @@ from distributed import LocalCluster
 
 import flame_dask
 from flame_dask import FlamePool, PoolOptionsError
+from support import LOCAL
 
 MakePool = Callable[..., FlamePool]
-
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
 
 
 def look() -> Any:
@@ -79,7 +77,6 @@ def test_a7_in_a_process_for_calls(make_pool: MakePool) -> None:
 
 def open_another(isolation: str, supervised: bool) -> dict[str, Any]:
     """Open a pool, in the way that a program does that opens its pools when it is imported."""
-    from distributed import LocalCluster
 
     import flame_dask
 

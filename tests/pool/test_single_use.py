@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import CallCancelled, FlamePool
-from support import alive, states, wait_for_file
+from support import LOCAL, alive, states, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
-
-LOCAL = (LocalCluster, {"scheduler_kwargs": {"dashboard": False}})
 
 
 def work(log: str, seconds: float) -> int:

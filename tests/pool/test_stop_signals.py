@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 from flame_dask import FlamePool, RunnerLost
-from support import alive, pids, runner_pid, states, work
+from support import LOCAL, QUIET, alive, pids, runner_pid, states, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
 pytestmark = pytest.mark.usefixtures("kills_runners")
 
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
 REMOTE = (SubprocessCluster, QUIET)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import (
     CallCancelled,
@@ -27,23 +26,16 @@ from flame_dask import (
     RunnerLost,
     SerializationError,
 )
-from support import free, lines, note, runner_pid, wait_for_file
+from support import LOCAL, free, lines, note, runner_pid, wait_for_file
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-pytestmark = pytest.mark.usefixtures("kills_runners")
+pytestmark = pytest.mark.usefixtures("processes_end")
 
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
 
 #: The most items that both sides hold: those of so many messages, and what waits for one.
 HELD = 9 * 512 + 512
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(processes_end: None) -> None:
-    """In the place of the ordinary check, which takes the new processes for calls for left over."""
 
 
 # -- generators ------------------------------------------------------------------------------------

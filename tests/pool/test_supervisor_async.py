@@ -22,11 +22,9 @@ from flame_dask import (
     SupervisorFailed,
     get_pool,
 )
-from support import pids, wait_for_file, work
+from support import QUIET, pids, wait_for_file, work
 
 pytestmark = pytest.mark.usefixtures("kills_runners")
-
-QUIET = {"scheduler_kwargs": {"dashboard": False}}
 
 
 def inc(x: int) -> int:

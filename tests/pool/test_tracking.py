@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from distributed import LocalCluster
 
 from flame_dask import (
     CallCancelled,
@@ -30,20 +29,12 @@ from flame_dask import (
     keep,
     track_resources,
 )
-from support import alive, free, lines, runner_pid, states, wait_for_file, work
+from support import LOCAL, alive, free, lines, runner_pid, states, wait_for_file, work
 
 Until = Callable[..., Any]
 MakePool = Callable[..., FlamePool]
 
-pytestmark = pytest.mark.usefixtures("kills_runners")
-
-QUIET: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}}
-LOCAL = (LocalCluster, QUIET)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(processes_end: None) -> None:
-    """In the place of the ordinary check, which takes the new processes for calls for left over."""
+pytestmark = pytest.mark.usefixtures("processes_end")
 
 
 # -- what calls leave ------------------------------------------------------------------------------
